@@ -16,7 +16,7 @@ from jbilevel import trees
 from jbilevel.constants import Constants
 from jbilevel.results import Status, Work
 from jbilevel.solvers.cg import iterate as conjugate_gradients
-from jbilevel.solvers.cg import resume
+from jbilevel.solvers.mixed import curvature
 
 # CG in the Newton step stops early once it removed all but this share of the residual.
 ENOUGH = 1e-3
@@ -29,6 +29,7 @@ class Pair(NamedTuple):
 
     x: Any
     q: Any
+    energy: Any
     gradient: Any  # grad_x energy(x)
     residual: Any  # ||grad_x energy(x)||
     defect: Any  # ||H(x) q - grad_x loss(x)||
@@ -49,25 +50,29 @@ def newton_step(view, loss_gradient, pair: Pair, product, steps: int) -> Correct
       pair: the current pair. product: Hessian product at pair.x. steps: CG steps in each of the two systems.
     """
     half = steps // 2
-    enough = ENOUGH * pair.residual
-    zero = trees.zeros_like(pair.x)
-    first = conjugate_gradients(product, trees.neg(pair.gradient), zero, enough, half, zero_start=True)
-    move = resume(product, first, enough, steps)
-    candidate = trees.add(pair.x, move.x)
+    hessian = curvature(view, pair.x, product)
+    downhill = trees.neg(pair.gradient)
+    first = hessian.start(downhill, half, ENOUGH)
+    move = hessian.resume(first, steps, ENOUGH)
+    candidate = trees.add(pair.x, hessian.lift(move, downhill))
     # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
-    better = trees.norm(view.gradient(candidate)) <= pair.residual
+    energy, gradient = view.value_and_gradient(candidate)
+    room = 10 * trees.eps(candidate) * jnp.abs(pair.energy)
+    better = (trees.norm(gradient) <= pair.residual) | (energy <= pair.energy - room)
     x = trees.where(better, candidate, pair.x)
-    x_halfway = trees.where(better, trees.add(pair.x, first.x), pair.x)
+    x_halfway = trees.where(better, trees.add(pair.x, hessian.lift(first, downhill)), pair.x)
     _, gradient, product = view.linearize(x)
-    rhs = loss_gradient(x)
-    start = conjugate_gradients(product, rhs, pair.q, jnp.inf, 0)
-    enough = ENOUGH * jnp.sqrt(start.squared)
-    first = resume(product, start, enough, half)
-    solve = resume(product, first, enough, steps)
+    hessian = curvature(view, x, product)
+    missing = trees.sub(loss_gradient(x), product(pair.q))
+    first = hessian.start(missing, half, ENOUGH)
+    solve = hessian.resume(first, steps, ENOUGH)
+    q, q_halfway = (trees.add(pair.q, hessian.lift(state, missing)) for state in (solve, first))
     work = Work.zero().plus(gradients=2, products=move.steps + solve.steps + 1)
-    new = Pair(x, solve.x, gradient, trees.norm(gradient), jnp.sqrt(solve.squared))
-    left = jnp.maximum(_share(new.residual, pair.residual), _share(new.defect, jnp.sqrt(start.squared)))
-    return Correction(new, (x_halfway, first.x), left, work)
+    before = trees.norm(missing)
+    defect = before * jnp.sqrt(solve.squared).astype(before.dtype)
+    new = Pair(x, q, pair.energy, gradient, trees.norm(gradient), defect)
+    left = jnp.maximum(_share(new.residual, pair.residual), _share(defect, before))
+    return Correction(new, (x_halfway, q_halfway), left, work)
 
 
 def _share(after, before):

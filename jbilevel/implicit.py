@@ -18,9 +18,10 @@ import numpy as np
 from jbilevel import errors, trees
 from jbilevel.oracle import BatchOracle, Points, Sample
 from jbilevel.problems import SmoothProblem, require_scalar
-from jbilevel.results import Warm, guard
+from jbilevel.results import SolveInfo, Status, Warm, guard
 from jbilevel.solvers import cg, default_solver, minres, require_tolerance
 from jbilevel.solvers.loop import run, start_jitted
+from jbilevel.solvers.mixed import refine
 
 ADJOINT_SOLVERS = {"cg": cg, "minres": minres}
 
@@ -92,20 +93,20 @@ class Oracle(BatchOracle):
     def _value(self, params, data, warm: Warm, tol) -> Sample:
         view, solution = self._lower(params, data, warm, tol)
         value, slope = jax.value_and_grad(self.loss, 1)(params, solution.x, data)
-        _, gradient, product = view.linearize(solution.x)
+        energy, gradient, product = view.linearize(solution.x)
         defect = trees.norm(trees.sub(product(warm.adjoint), slope))
         likely, spent = errors.distance(view.constants, product, gradient, solution.info.error, self.correct)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1, products=1 + spent))
-        pair = errors.Pair(solution.x, warm.adjoint, gradient, solution.info.residual, defect)
+        pair = errors.Pair(solution.x, warm.adjoint, energy, gradient, solution.info.residual, defect)
         return self._report(view, value, slope, pair, likely, lower, lower, jnp.inf, jnp.zeros_like(defect))
 
     def _sample(self, params, data, warm: Warm, tol, adjoint_tol):
         view, solution = self._lower(params, data, warm, tol)
         loss = lambda x: self.loss(params, x, data)  # noqa: E731
         slope = jax.grad(loss)(solution.x)
-        _, gradient, product = view.linearize(solution.x)
-        q, adjoint = self._adjoint(view, product, slope, warm.adjoint, adjoint_tol)
-        pair = errors.Pair(solution.x, q, gradient, solution.info.residual, adjoint.residual)
+        energy, gradient, product = view.linearize(solution.x)
+        q, adjoint = self._adjoint(view, solution.x, product, slope, warm.adjoint, adjoint_tol)
+        pair = errors.Pair(solution.x, q, energy, gradient, solution.info.residual, adjoint.residual)
         points, left = Points((pair.x, pair.q)), jnp.zeros_like(adjoint.residual)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
         if self.corrects:
@@ -116,8 +117,9 @@ class Oracle(BatchOracle):
             adjoint = adjoint._replace(evaluations=adjoint.evaluations.join(correction.evaluations))
         if self.correct:
             pair = correction.pair
-            lower = lower._replace(residual=pair.residual, error=view.error_bound(pair.residual))
-            adjoint = adjoint._replace(residual=pair.defect)
+            lower = _after_correction(lower, pair.residual, tol * view.tolerance_scale)
+            lower = lower._replace(error=view.error_bound(pair.residual))
+            adjoint = _after_correction(adjoint, pair.defect, adjoint_tol)
         likely, spent = errors.distance(view.constants, product, pair.gradient, lower.error, self.correct)
         lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
         adjoint = adjoint._replace(error=view.error_bound(adjoint.residual))
@@ -126,10 +128,15 @@ class Oracle(BatchOracle):
         bound = errors.certificate(view.constants, self.loss_smoothness, pair, lower.error, direct)
         return self._report(view, value, slope, pair, likely, lower, adjoint, bound, left), points
 
-    def _adjoint(self, view, product, slope, q, adjoint_tol):
+    def _adjoint(self, view, x, product, slope, q, adjoint_tol):
         """Solve H q = slope from a warm q."""
         solve = ADJOINT_SOLVERS[self.adjoint_solver]
-        return solve(product, slope, q, tol=adjoint_tol, max_steps=self.max_products)
+        if self.adjoint_solver != "cg" or view.single(x) is None:
+            return solve(product, slope, q, tol=adjoint_tol, max_steps=self.max_products)
+        refined = refine(view, x, product, slope, q, adjoint_tol, self.max_products)
+        more, info = solve(product, slope, refined.q, tol=adjoint_tol, max_steps=self.max_products)
+        spent = info.evaluations.plus(products=refined.products)
+        return more, info._replace(steps=info.steps + refined.products, evaluations=spent)
 
     def _report(self, view, value, slope, pair: errors.Pair, likely, lower, adjoint, gradient_bound, left) -> Sample:
         rest = errors.value_errors(view.constants, self.loss_smoothness, slope, pair, lower.error, likely)
@@ -141,6 +148,12 @@ class Oracle(BatchOracle):
     def _surrogate(self, params, data, point):
         x, q = jax.lax.stop_gradient(point)
         return self.loss(params, x, data) - self.problem.at(params, data).slope(x, q)
+
+
+def _after_correction(info: SolveInfo, residual, target) -> SolveInfo:
+    """A correction may meet a tolerance that the solve before it missed."""
+    met = (residual <= target) & (info.status < Status.INDEFINITE)
+    return info._replace(status=jnp.where(met, Status.CONVERGED, info.status).astype(jnp.int32), residual=residual)
 
 
 _ADJOINT = "the adjoint solve"

@@ -336,7 +336,9 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     def evaluate(total, chunk):
         (mapped, start), chunk_weight = chunk
         with jax.default_matmul_precision("highest"):
-            gradients, samples = _chunk_gradients(oracle, params, split, mapped, start, chunk_weight, tol, adjoint_tol)
+            gradients, samples = _chunk_gradients(
+                oracle, params, split, mapped, start, chunk_weight, tol, adjoint_tol, sample_weight is not None
+            )
         return jax.tree.map(jnp.add, total, gradients), samples
 
     zero = trees.zeros_like(params)
@@ -358,48 +360,58 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     )  # fmt: skip
 
 
-def _chunk_gradients(oracle, params, split, mapped, start, weight, tol, adjoint_tol):
+def _chunk_gradients(oracle, params, split, mapped, start, weight, tol, adjoint_tol, weighted_mean: bool):
     if oracle.direct:
-        return _direct_gradients(oracle, params, split, mapped, start, weight, tol)
+        may_leave = weighted_mean or oracle.on_failure == "drop"
+        return _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave)
     solve = _over_samples(lambda m, w: oracle._sample(params, split.data(m), w, tol, adjoint_tol))
     samples, points = solve(mapped, start)
-    if oracle.on_failure == "drop":
-        (mapped, points), weight = _without_bad(samples, (mapped, points), weight)
+    kept = _kept(oracle, samples, weight)
+    (mapped, points), weight = _without(kept, (mapped, points), weight)
 
     def weighted(params, points):
         values = _over_samples(lambda m, point: oracle._surrogate(params, split.data(m), point))(mapped, points)
         return jnp.sum(weight * values)
 
     gradients = Points(*(None if point is None else jax.grad(weighted)(params, point) for point in points))
-    return _finite_sum(oracle, samples, gradients), samples
+    return _zero_unless_any(kept, gradients), samples
 
 
-def _without_bad(samples: Sample, leaves, weight):
-    """Bad samples replaced by a good one of weight 0 before anything is differentiated, because 0 * NaN is NaN."""
-    usable = _usable(samples)
-    chosen = jnp.where(usable, jnp.arange(usable.size), jnp.argmax(usable))
-    return jax.tree.map(lambda leaf: leaf[chosen], leaves), jnp.where(usable, weight, 0.0)
+def _kept(oracle, samples: Sample, weight):
+    """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
+    kept = weight != 0
+    return kept & _usable(samples) if oracle.on_failure == "drop" else kept
 
 
-def _finite_sum(oracle, samples: Sample, gradients: Points) -> Points:
-    """A chunk of nothing but bad samples, dropped, adds nothing."""
-    if oracle.on_failure == "nan":
-        return gradients
-    some = jnp.any(_usable(samples))
-    return jax.tree.map(lambda leaf: jnp.where(some, leaf, 0.0), gradients)
+def _without(kept, leaves, weight):
+    """Other samples replaced by a kept one of weight 0 before anything is differentiated, because 0 * NaN is NaN."""
+    chosen = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
+    return jax.tree.map(lambda leaf: leaf[chosen], leaves), jnp.where(kept, weight, 0.0)
 
 
-def _direct_gradients(oracle, params, split, mapped, start, weight, tol):
+def _zero_unless_any(kept, gradients: Points) -> Points:
+    """A chunk without a kept sample adds nothing."""
+    return jax.tree.map(lambda leaf: jnp.where(jnp.any(kept), leaf, 0.0), gradients)
+
+
+def _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave: bool):
     def weighted(params, mapped, start, weight):
         values, samples = _over_samples(lambda m, w: oracle._forward(params, split.data(m), w, tol))(mapped, start)
         return jnp.sum(weight * values), samples
 
-    gradients, samples = jax.grad(weighted, has_aux=True)(params, mapped, start, weight)
-    if oracle.on_failure == "drop":
+    differentiate = jax.grad(weighted, has_aux=True)
+    gradients, samples = differentiate(params, mapped, start, weight)
+    if not may_leave:
+        return Points(gradients), samples
+    kept = _kept(oracle, samples, weight)
+
+    def again(_):
         # only the forward pass tells which samples are bad, so they leave in a second pass
-        (mapped, start), weight = _without_bad(samples, (mapped, start), weight)
-        gradients, _ = jax.grad(weighted, has_aux=True)(params, mapped, start, weight)
-    return _finite_sum(oracle, samples, Points(gradients)), samples
+        (others, others_start), others_weight = _without(kept, (mapped, start), weight)
+        return differentiate(params, others, others_start, others_weight)[0]
+
+    gradients = jax.lax.cond(jnp.any(~kept & ~_usable(samples)), again, lambda gradients: gradients, gradients)
+    return _zero_unless_any(kept, Points(gradients)), samples
 
 
 def _gradient_error(oracle, total: Points, samples: Sample, weight):

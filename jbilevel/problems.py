@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 
 from jbilevel import trees
 from jbilevel.constants import Constants
+
+# below, an image stays in the processor's cache and float32 gains little
+MIXED_SIZE = 2**14
 
 Constant = float | Callable[[Any, Any], Any] | None
 
@@ -25,6 +29,11 @@ class SmoothView(NamedTuple):
 
     value: Callable
     constants: Constants
+    reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
+
+    def single(self, x):
+        """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""
+        return None if self.reduced is None else self.reduced(x)
 
     def gradient(self, x):
         return trees.cast_like(jax.grad(self.value)(x), x)
@@ -87,6 +96,8 @@ class SmoothProblem:
       strong_convexity, smoothness: mu and L, numbers or ``(params, data) -> number``, or None where unknown. With mu
         the stop ``||grad||/mu <= tol`` is a true bound on ``||x - x_hat||``; a wrong mu makes that bound wrong.
       hessian_lipschitz, mixed_lipschitz, mixed_norm: used by certificates only, see `Constants`.
+      mixed_precision: whether solves for a float64 x may take most of their steps in float32, with every residual that
+        decides in float64; None: where x has at least 2^14 entries. Set False for an energy that float32 overflows.
 
     Two problems made from the same functions are equal, so jitted solvers compile once; make the functions once,
     outside the loop that uses them.
@@ -107,6 +118,7 @@ class SmoothProblem:
     hessian_lipschitz: Constant = None
     mixed_lipschitz: Constant = None
     mixed_norm: Constant = None
+    mixed_precision: bool | None = None
 
     def __post_init__(self):
         for name in ("energy", "init"):
@@ -131,7 +143,23 @@ class SmoothProblem:
 
     def at(self, params, data) -> SmoothView:
         constants = jax.lax.stop_gradient(self.constants(params, data))
-        return SmoothView(lambda x: self.energy(params, x, data), constants)
+        return SmoothView(lambda x: self.energy(params, x, data), constants, partial(self._single, params, data))
+
+    def _single(self, params, data, x):
+        wanted = trees.size(x) >= MIXED_SIZE if self.mixed_precision is None else self.mixed_precision
+        if not wanted or any(jnp.result_type(leaf) != jnp.float64 for leaf in jax.tree.leaves(x)):
+            return None
+        params, data = trees.to_single((params, data))
+
+        def value(x):
+            return jnp.asarray(self.energy(params, x, data), jnp.float32)
+
+        try:
+            jax.eval_shape(value, trees.to_single(x))
+        except (TypeError, ValueError):  # constants of the energy that do not mix with float32
+            return None
+        constants = trees.to_single(jax.lax.stop_gradient(self.constants(params, data)))
+        return SmoothView(value, constants)
 
     def start(self, params, data):
         """The cold start as arrays; real inexact leaves only."""

@@ -57,6 +57,12 @@ def cast_like(a, reference):
     return jax.tree.map(lambda u, r: jnp.asarray(u).astype(jnp.asarray(r).dtype), a, reference)
 
 
+def to_single(a):
+    """a with float64 leaves as float32 and complex128 ones as complex64."""
+    narrow = {jnp.dtype("float64"): jnp.float32, jnp.dtype("complex128"): jnp.complex64}
+    return jax.tree.map(lambda v: jnp.asarray(v, narrow.get(jnp.result_type(v), jnp.result_type(v))), a)
+
+
 def dtype(a):
     """Widest inexact dtype among the leaves (the default float when there is none)."""
     kinds = [jnp.result_type(v) for v in jax.tree.leaves(a)]

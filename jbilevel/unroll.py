@@ -127,7 +127,7 @@ class OneStep(implicit.Oracle):
         if self.step is None and self.problem.smoothness is None:
             raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
 
-    def _adjoint(self, view, product, slope, q, adjoint_tol):
+    def _adjoint(self, view, x, product, slope, q, adjoint_tol):
         step = 1.0 / view.constants.smoothness if self.step is None else self.step
         q = trees.scale(step, slope)
         residual = trees.norm(trees.sub(product(q), slope))

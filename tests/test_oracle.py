@@ -81,6 +81,19 @@ def test_weights_that_say_nothing_give_nan():
         assert not hg.certified and np.isposinf(hg.error) and np.isposinf(hg.bound)
 
 
+def test_a_nan_sample_of_weight_0_leaves_value_and_gradient():
+    params, batch = small()
+    bad = batch | {"y": batch["y"].at[2].set(jnp.nan)}
+    others = np.arange(COUNT) != 2
+    values, gradient = exact(params, batch, others / (COUNT - 1))
+    unrolled = jb.unroll.Oracle(QUADRATIC.problem, QUADRATIC.loss, steps=QUADRATIC.unroll)
+    for kind in (ORACLE, oracle(chunk=2), unrolled):
+        hg = kind(params, bad, tol=TIGHT, sample_weight=others.astype(float))
+        assert float(hg.value) == pytest.approx(values[others].mean(), rel=1e-10)
+        assert relative(hg.grad, gradient) <= 1e-9
+        assert hg.status == jb.Status.NONFINITE and np.isnan(hg.values[2])
+
+
 # bad samples
 
 
@@ -138,6 +151,16 @@ def test_unreachable_tolerance_ends_quickly_as_precision():
 
 
 # warm starts and compilations
+
+
+def test_correction_may_meet_a_tolerance_that_the_solves_did_not():
+    params, batch = small()
+    limited = {"max_steps": 3, "max_products": 3, "solver": jb.solvers.AGD()}
+    plain = oracle(**limited)(params, batch, tol=1e-8)
+    corrected = oracle(correct=True, error_steps=40, **limited)(params, batch, tol=1e-8)
+    assert plain.status == jb.Status.MAX_STEPS
+    assert corrected.status == jb.Status.CONVERGED
+    assert np.all(corrected.lower.error <= 1e-8) and np.all(corrected.adjoint.residual <= 1e-8)
 
 
 def test_warm_start_saves_work():

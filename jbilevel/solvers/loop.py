@@ -72,9 +72,26 @@ class _Progress(NamedTuple):
 
 
 def run(solver: Solver, view, x0, tol, max_steps) -> Solution:
-    """Iterate from ``x0`` until ``||gradient||/mu <= tol``, or ``||gradient|| <= tol`` where mu is unknown."""
+    """Iterate from ``x0`` until ``||gradient||/mu <= tol``, or ``||gradient|| <= tol`` where mu is unknown.
+
+    Solvers whose next step depends on x alone first go as far in float32 as that helps, where the problem allows it.
+    """
+    single = view.single(x0) if getattr(solver, "memoryless", False) else None
+    if single is None:
+        return _run(solver, view, x0, tol, max_steps)
+    first = _run(solver, single, trees.to_single(x0), tol, max_steps, linger=False)
+    # a start from NaN would end at once
+    start = trees.where(first.info.status < Status.NONFINITE, trees.cast_like(first.x, x0), x0)
+    last = _run(solver, view, start, tol, max_steps - first.info.steps)
+    info = last.info
+    work = info.evaluations.join(first.info.evaluations)
+    return last._replace(info=info._replace(steps=info.steps + first.info.steps, evaluations=work))
+
+
+def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solution:
+    """``linger=False`` stops at the first residual of the size of rounding."""
     eps = trees.eps(x0)
-    target = tol * view.tolerance_scale
+    target = jnp.asarray(tol * view.tolerance_scale, trees.dtype(x0))
 
     def judge(progress: _Progress) -> _Progress:
         residual = progress.state.residual
@@ -85,6 +102,7 @@ def run(solver: Solver, view, x0, tol, max_steps) -> Solution:
         unit = eps * progress.state.curvature * trees.norm(progress.state.x)
         waited = (since >= PATIENCE_AT_FLOOR) & (since * unit >= PATIENCE_AT_FLOOR * residual)
         rounding = (residual <= FLOOR_FACTOR * unit) & (waited | (since >= solver.patience))
+        rounding = rounding if linger else (residual <= unit)
         status = jnp.where(progress.steps >= max_steps, Status.MAX_STEPS, RUNNING)
         status = jnp.where(since >= solver.patience, Status.STAGNATED, status)
         status = jnp.where(rounding, Status.PRECISION, status)

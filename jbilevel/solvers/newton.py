@@ -9,7 +9,11 @@ import jax.numpy as jnp
 
 from jbilevel import trees
 from jbilevel.results import Status, Work
-from jbilevel.solvers.cg import iterate as conjugate_gradients
+from jbilevel.solvers.mixed import curvature as hessian
+
+
+# forcing term after a start in float32, which ends where Newton's method converges fast
+CLOSE = 0.01
 
 
 class NewtonState(NamedTuple):
@@ -22,6 +26,7 @@ class NewtonState(NamedTuple):
     direction: Any
     slope: Any  # <gradient, direction>
     length: Any  # step length of the candidate x + length * direction
+    shortened: Any  # whether a longer one along this direction was refused
     goal: Any  # while positive, x moves by accelerated gradient steps until the residual is below it
     previous: Any  # last gradient-step point of those
 
@@ -49,6 +54,7 @@ class NewtonCG:
     forcing: float = 0.5
     relief: float = 0.1
 
+    memoryless = True  # a start in float32 loses nothing
     patience = 100  # steps without progress before giving up: after so many halvings nothing will change
 
     def init(self, view, x0, target) -> NewtonState:
@@ -56,7 +62,7 @@ class NewtonCG:
         residual = trees.norm(gradient)
         zero = jnp.zeros_like(residual)
         work = Work.zero().plus(gradients=1)
-        return self._aim(x0, value, gradient, product, residual, self.forcing, target, 1.0, zero, work)
+        return self._aim(view, x0, value, gradient, product, residual, self.forcing, target, 1.0, zero, work)
 
     def step(self, view, state: NewtonState, target) -> NewtonState:
         accelerated = state.goal > 0
@@ -73,12 +79,14 @@ class NewtonCG:
         newton = accept & (residual <= jnp.where(accelerated, state.goal, jnp.inf))
         forcing = jnp.minimum(self.forcing, 0.9 * (residual / state.residual) ** 1.618)
         forcing = jnp.where(accelerated, self.forcing, forcing)
-        length = jnp.where(accelerated, 1.0, jnp.minimum(1.0, 2 * state.length))
+        # a length that had to be shortened is the first guess once more
+        length = jnp.where(state.shortened, state.length, jnp.minimum(1.0, 2 * state.length))
+        length = jnp.where(accelerated, 1.0, length)
         aimed = self._aim(
-            candidate, value, gradient, product, residual, forcing, jnp.where(newton, target, jnp.inf), length,
+            view, candidate, value, gradient, product, residual, forcing, jnp.where(newton, target, jnp.inf), length,
             state.curvature, work,
         )  # fmt: skip
-        shorter = state._replace(length=0.5 * state.length, evaluations=work)
+        shorter = state._replace(length=0.25 * state.length, shortened=jnp.asarray(True), evaluations=work)
         mu = view.constants.strong_convexity
         if mu is None or view.constants.smoothness is None:
             return trees.where(accept, aimed, shorter)
@@ -90,18 +98,22 @@ class NewtonCG:
         # mu = 0 would give the constant momentum 1, which does not converge
         return trees.where(newton, aimed, trees.where(far & (mu > 0), moving, shorter))
 
-    def _aim(self, x, value, gradient, product, residual, forcing, target, length, curvature, work) -> NewtonState:
+    def _aim(
+        self, view, x, value, gradient, product, residual, forcing, target, length, curvature, work
+    ) -> NewtonState:
         """State at x with its Newton direction; no system is solved where the residual meets the target."""
         # the last system needs no more accuracy than the target
-        goal = jnp.where(residual > target, jnp.maximum(forcing * residual, 0.3 * target), jnp.inf)
-        start = trees.zeros_like(gradient)
-        inner = conjugate_gradients(product, trees.neg(gradient), start, goal, self.max_products, zero_start=True)
+        system = hessian(view, x, product)
+        forcing = jnp.minimum(forcing, CLOSE) if system.rough else forcing
+        share = jnp.where(residual > target, jnp.maximum(forcing, 0.3 * target / residual), jnp.inf)
+        downhill = trees.neg(gradient)
+        inner = system.solve(downhill, self.max_products, share)
         stuck = (inner.status == Status.INDEFINITE) & (inner.steps <= 1)
-        direction = trees.where(stuck, trees.neg(gradient), inner.x)
+        direction = trees.where(stuck, downhill, inner.x)
         return NewtonState(
             x, gradient, residual, jnp.maximum(curvature, inner.curvature), work.plus(products=inner.steps),
             value, direction, trees.dot(gradient, direction), jnp.full_like(residual, length),
-            jnp.zeros_like(residual), x,
+            jnp.asarray(False), jnp.zeros_like(residual), x,
         )  # fmt: skip
 
     def _accelerate(self, view, state: NewtonState, restart) -> NewtonState:

@@ -11,7 +11,6 @@ from jbilevel import trees
 from jbilevel.results import Status, Work
 from jbilevel.solvers.mixed import curvature as hessian
 
-
 # forcing term after a start in float32, which ends where Newton's method converges fast
 CLOSE = 0.01
 

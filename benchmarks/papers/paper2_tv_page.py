@@ -235,7 +235,7 @@ def _fastest(rows: Sequence[dict]) -> dict:
 
 
 def _convergence_figure(rows: Sequence[dict]):
-    figure, panels = _panels(rows, 3.8)
+    figure, panels = _panels(rows, 4.4)
     for start, axes in panels:
         own = select(rows, start=list(start))
         for method in COLOURS:
@@ -253,8 +253,9 @@ def _convergence_figure(rows: Sequence[dict]):
         axes.set(xscale="log", yscale="log", xlabel="gradient-equivalents", ylim=(6e-4, 8))
         axes.set_title(rf"$\theta_0$ = ({start[0]:g}, {start[1]:g})", fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, loc="lower left")
         axes.label_outer()
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, labels, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     figure.axes[0].set_ylabel(r"$f/f^* - 1$, best so far")
     return figure
 
@@ -279,5 +280,5 @@ def _schedule_figure(rows: Sequence[dict]):
         axes.grid(alpha=0.25)
         axes.label_outer()
     figure.axes[0].set_ylabel(r"accuracy $\varepsilon_k$ of the lower level")
-    figure.axes[0].legend(fontsize=7, loc="lower left", ncols=2)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=5)
     return figure

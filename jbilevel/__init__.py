@@ -1,6 +1,7 @@
 """Bilevel learning for inverse problems in JAX, with hypergradients whose error is known."""
 
 from jbilevel import data as data
+from jbilevel import dfols as dfols
 from jbilevel import explicit as explicit
 from jbilevel import implicit as implicit
 from jbilevel import losses as losses

@@ -19,8 +19,9 @@ ROWS = (
     ("data", "problems", "variational"),
     ("solvers",),
     ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "unroll"),
-    ("dfols", "first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
+    ("first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
     ("fit", "parallel"),
+    ("dfols",),  # its package owns the loop, so it comes after ours
     ("cli",),
 )
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

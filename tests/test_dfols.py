@@ -19,7 +19,7 @@ def dfols():
 def test_finds_parameters_that_explain_the_data(dfols):
     """x = y/(1 + e^p a) at p = -1/2, plus noise that moves the minimiser a little."""
     noisy = QUADRATIC.batch(0, 4)
-    batch = noisy | {"x": noisy["y"] / (1 + np.exp(-0.5) * DIAGONAL) + 0.01 * noisy["x"]}
+    batch = noisy | {"x": noisy["y"] / (1 + np.exp(-0.5) * DIAGONAL[None]) + 0.01 * noisy["x"]}
     result = dfols.minimise(ORACLE, jnp.asarray(-3.0), batch, budget=5000, tol=1e-2)
     grid = np.linspace(-1.0, 0.0, 101)
     values = [float(ORACLE.value(jnp.asarray(p), batch, tol=1e-8).value) for p in grid]

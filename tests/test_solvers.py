@@ -28,6 +28,12 @@ def by_optimistix(energy, x0, tol, max_steps):
     return optimistix.minimise(lambda x, _: energy(x), bfgs, x0, max_steps=1000, throw=False).value
 
 
+def descend(energy, x0, tol, max_steps):
+    """Gradient steps for the quadratic below, to rounding."""
+    step = lambda _, x: jax.tree.map(lambda v, g: v - 0.15 * g, x, jax.grad(energy)(x))  # noqa: E731
+    return jax.lax.fori_loop(0, 100, step, x0)
+
+
 OURS = {
     "GradientDescent": GradientDescent,
     "AGD": AGD(),
@@ -149,8 +155,8 @@ VALLEY = Case(
     *((), (), ()),
 )
 CASES = {case.__name__: case() for case in (quadratic, tv, tv_without_constants, logistic, weakly_convex)}
-# the constants matter to some solvers only, and other people's solvers take long to compile
-PAIRS = [(name, solver) for name in CASES for solver in OURS if name != "tv_without_constants" or solver != "LBFGS"]
+# not told the constants, the others do what they do on the weakly convex energy; other people's solvers compile slowly
+PAIRS = [(c, s) for c in CASES for s in OURS if c != "tv_without_constants" or s in ("AGD", "NewtonCG")]
 every_pair = pytest.mark.parametrize("case, solver", [pytest.param(CASES[c], OURS[s], id=f"{c}-{s}") for c, s in PAIRS])
 
 
@@ -208,15 +214,19 @@ def test_logistic_regression_against_scipy(solver):
     np.testing.assert_allclose(x, reference, atol=1e-6)
 
 
+@jax.jit
+def smallest_curvature(x):
+    flat_energy = lambda flat: weakly_convex_energy(0.1, flat.reshape(12, 12), CASES["weakly_convex"].data)  # noqa: E731
+    return jnp.linalg.eigvalsh(jax.hessian(flat_energy)(jnp.ravel(x)))[0]
+
+
 @over(FAST)
 def test_weakly_convex_energy_reaches_a_minimum(solver):
     case = CASES["weakly_convex"]
-    hessian = jax.hessian(lambda x: weakly_convex_energy(0.1, x.reshape(12, 12), case.data))
-    start = np.linalg.eigvalsh(hessian(case.data.ravel()))
-    assert start[0] < -0.5  # far from convex where the solvers start
+    assert smallest_curvature(case.data) < -0.5  # far from convex where the solvers start
     x, info = solve(case, solver, tol=1e-8)
     assert info.status == Status.CONVERGED and np.isinf(info.error)
-    assert np.linalg.eigvalsh(hessian(x.ravel()))[0] > 0
+    assert smallest_curvature(x) > 0
     assert weakly_convex_energy(0.1, x, case.data) < 0.9 * weakly_convex_energy(0.1, case.data, case.data)
 
 
@@ -312,7 +322,7 @@ def count(case, solver, max_steps):
     return info, (view.values, view.gradients, view.products)
 
 
-@pytest.mark.parametrize("name", ["quadratic", "logistic", "weakly_convex"])
+@pytest.mark.parametrize("name", ["logistic", "weakly_convex"])  # with known constants, and without
 @over(OURS)
 def test_every_evaluation_is_counted(solver, name):
     info, counted = count(CASES[name], solver, 12)
@@ -383,15 +393,14 @@ def test_slow_progress_is_not_stagnation():
 
 @pytest.mark.parametrize(
     "name, solver",
-    [(name, solver) for name in ("quadratic", "tv", "weakly_convex") for solver in FAST]
-    + [("tv_without_constants", "AGD")],
+    [(name, solver) for name in ("tv", "weakly_convex") for solver in FAST] + [("tv_without_constants", "AGD")],
 )
 def test_single_precision_ends_at_its_precision(name, solver):
     """Soon, and near what single precision allows: a residual that only pauses must not pass for it."""
     case = CASES[name]
     x, info = solve(case, ALL[solver], in_single(case.data), tol=0.0)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(x))
-    smoothness = {"quadratic": 10.0, "weakly_convex": 80.0}.get(name, 81.0)
+    smoothness = 80.0 if name == "weakly_convex" else 81.0
     unit = float(np.finfo(np.float32).eps) * smoothness * np.linalg.norm(flat(x))
     assert info.status == Status.PRECISION or float(info.residual) == 0
     assert float(info.residual) <= 4 * unit
@@ -430,21 +439,18 @@ def test_one_compilation_for_all_tolerances_and_limits(solver):
     assert solve_jitted._cache_size() - before <= 1
 
 
-@over(ALL)
-def test_one_compilation_under_an_outer_jit(solver):
+def test_one_compilation_under_an_outer_jit():
     case = CASES["logistic"]
-    function = jax.jit(lambda tol: solve(case, solver, tol=tol))
+    function = jax.jit(lambda tol: solve(case, None, tol=tol))
     infos = [function(tol)[1] for tol in (1e-1, 1e-3, 1e-6)]
     assert function._cache_size() == 1
     assert all(info.status == Status.CONVERGED for info in infos)
     assert float(infos[2].residual) < float(infos[1].residual) < float(infos[0].residual)
 
 
-@pytest.mark.parametrize(
-    "name, solver", [(name, solver) for name in ("quadratic", "tv") for solver in OURS] + [("quadratic", "External")]
-)
-def test_samples_of_a_batch_do_not_disturb_each_other(name, solver):
-    case, solver = CASES[name], ALL[solver]
+@over(OURS | {"External": External(descend)})
+def test_samples_of_a_batch_do_not_disturb_each_other(solver):
+    case = CASES["quadratic" if isinstance(solver, External) else "tv"]
     samples = (case.data, case.other, np.full_like(case.data, np.nan))
     tols = jnp.array([1e-5, 1e-2, 1e-5])
     together = jax.vmap(lambda data, tol: solve(case, solver, data, tol=tol, max_steps=20_000))
@@ -562,6 +568,7 @@ def test_an_external_solver_that_returns_something_else():
 
 
 def test_an_external_solver_at_the_precision_of_its_dtype():
-    case = CASES["tv"]
-    _, info = jb.solve(case.problem, case.params, in_single(case.data), tol=0.0, solver=ALL["External"])
+    case = CASES["quadratic"]
+    near = External(lambda *given: jax.tree.map(lambda v: v * (1 + 4e-7), descend(*given)))
+    _, info = jb.solve(case.problem, case.params, in_single(case.data), tol=0.0, solver=near)
     assert info.status == Status.PRECISION

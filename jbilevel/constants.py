@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 class Constants(NamedTuple):
     """Constants of an energy at one (params, data); ``None`` where unknown.
 
-    strong_convexity mu and smoothness L bound the Hessian in x from both sides; hessian_lipschitz: Lipschitz constant
-    of x -> Hessian; mixed_lipschitz: of x -> J = d/dparams grad_x; mixed_norm: bound on ||J|| (all in 2-norms).
+    strong_convexity mu and smoothness L bound the Hessian in x, mu <= Hessian and ||Hessian|| <= L; a negative mu is
+    minus a modulus of weak convexity, which a data term may make up for. hessian_lipschitz: Lipschitz constant of
+    x -> Hessian; mixed_lipschitz: of x -> J = d/dparams grad_x; mixed_norm: bound on ||J|| (all in 2-norms).
     """
 
     strong_convexity: Any = None

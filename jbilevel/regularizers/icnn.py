@@ -1,0 +1,138 @@
+"""Input-convex neural networks of two convolutions as regularisers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbilevel.constants import Constants
+from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.potentials import potential_named
+
+
+@dataclass(frozen=True)
+class ICNN:
+    """R(theta, x) = e^g sum psi_w(W z + b_2), z = psi_w(V x + b_1), with W >= 0: convex in x.
+
+    Sums are over pixels and channels, psi_w(t) = 0 for t <= 0, t^2/(2w) for 0 < t < w, t - w/2 beyond (paper 3,
+    Bogensperger et al. 2024, equation (31) and section 4.2; Amos, Xu & Kolter 2017). psi_w is convex and nondecreasing,
+    so W >= 0 makes the composition convex whatever V and the biases.
+
+    params is a dict: ``log_weight`` g (), ``first`` V (hidden, size, size), ``second`` W (outputs, hidden, size, size),
+    and with ``bias`` ``first_bias`` (hidden,), ``second_bias`` (outputs,). The defaults are paper 3's 400 + 1600
+    weights and its gamma = e^g, 2001 parameters.
+
+    Args:
+      hidden, outputs, size: filters of the first and the second layer, and their side length.
+      width: w.
+      potential: "psi", or "smoothstep", which is psi_w with a continuous second derivative.
+      boundary: "valid" takes responses where a filter lies inside the image; "zero" and "symmetric" extend the input of
+        both layers.
+      bias: whether the layers have biases (paper 3 has none).
+
+    x has shape (H, W), any float dtype, with H, W >= size, or >= 2 size - 1 for "valid".
+
+    Raises ValueError for params of another structure or shape, negative ``second`` (where it is concrete; under a trace
+    `bounds` says by how much convexity may be lost), filters that are all zero, and images smaller than the filters.
+
+    >>> import jax
+    >>> theta = ICNN().init(jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(theta))
+    2001
+    >>> ICNN()(theta | {"second": -theta["second"]}, jax.numpy.eye(16))
+    Traceback (most recent call last):
+    ValueError: params['second'] of ICNN must be nonnegative ...
+    """
+
+    hidden: int = 16
+    outputs: int = 4
+    size: int = 5
+    width: float = 0.01
+    potential: str = "psi"
+    boundary: str = "valid"
+    bias: bool = False
+
+    def __post_init__(self):
+        banks.require_bank("ICNN", self.boundary, hidden=self.hidden, outputs=self.outputs, size=self.size)
+        potential_named(self.potential, among=("psi", "smoothstep"))
+        if not self.width > 0:
+            raise ValueError(f"`width` must be positive (the energy is not smooth at 0), got {self.width}.")
+
+    @property
+    def _shapes(self):
+        kernel = (self.size, self.size)
+        shapes = {
+            "log_weight": (),
+            "first": (self.hidden, *kernel),
+            "second": (self.outputs, self.hidden, *kernel),
+        }
+        return shapes | ({"first_bias": (self.hidden,), "second_bias": (self.outputs,)} if self.bias else {})
+
+    def init(self, key, *, weight: float = 0.1, dtype=None):
+        """V of mean 0 and norm 1, W averaging, for images in [0, 1] with noise of about 0.1."""
+        dtype = dtype or jnp.result_type(float)
+        key_first, key_second = jax.random.split(key)
+        first = banks.zero_mean(jax.random.normal(key_first, self._shapes["first"], dtype))
+        second = jax.random.uniform(key_second, self._shapes["second"], dtype, 0.5, 1.5)
+        params = {
+            # psi_w is about half of an absolute value, and all outputs average over the same features
+            "log_weight": jnp.asarray(math.log(2 * weight / self.outputs), dtype),
+            "first": first / jnp.linalg.norm(first, axis=(1, 2), keepdims=True),
+            "second": second / (self.hidden * self.size**2),
+        }
+        return params | {key: jnp.zeros(self._shapes[key], dtype) for key in self._shapes if key not in params}
+
+    def check(self, params) -> None:
+        """ValueError where params cannot be those of this regulariser; values are checked where they are concrete."""
+        banks.require_params("ICNN", params, self._shapes)
+        banks.require_filters("ICNN", "first", params["first"])
+        second = params["second"]
+        if not isinstance(second, jax.core.Tracer) and np.any(np.asarray(second) < 0):
+            raise ValueError(
+                f"params['second'] of ICNN must be nonnegative for a convex energy, got a minimum of "
+                f"{np.min(np.asarray(second)):.3g}; ICNN.project sets negative weights to 0."
+            )
+        banks.require_filters("ICNN", "second", second)
+
+    def __call__(self, params, x):
+        self.check(params)
+        banks.require_image("ICNN", x, 2 * self.size - 1 if self.boundary == "valid" else self.size)
+        z = self._layer(params["first"][:, None], params.get("first_bias"), x[None])
+        return jnp.exp(params["log_weight"]) * jnp.sum(self._layer(params["second"], params.get("second_bias"), z))
+
+    def _layer(self, kernels, bias, z):
+        responses = banks.correlate(kernels, banks.extend(z, self.size, self.boundary))
+        if bias is not None:
+            responses = responses + bias[:, None, None]
+        return self.width * potential_named(self.potential).value(responses / self.width)
+
+    def bounds(self, params, shape=None) -> Constants:
+        """0 <= Hessian <= (c/w) e^g (||W||^2 ||V||^2 + sup_w sum_c m_c |V_c^(w)|^2), m_c = sum_{o, j} W[o, c, j].
+
+        The Hessian is J' W' D_2 W J + V' D_1 V with J = psi_w'(.) V, 0 <= psi_w' <= 1, 0 <= D_2 <= c/w, and D_1 the
+        product of psi_w'' <= c/w with the weights W' psi_w'(.) <= m. Kernels without sign change have their norm at
+        frequency 0: ||W|| is that of the (outputs, hidden) matrix of sums. Where ``second`` has negative entries (under
+        a trace, where no error can be raised) only D_1 can be negative: the lower bound is then the second term with
+        the sums of their absolute values, negative. Symmetric extension multiplies each ||.||^2 by 4. Constants of
+        third derivatives and of the mixed one: None.
+        """
+        banks.require_params("ICNN", params, self._shapes)
+        first, second = params["first"], params["second"]
+        scale = potential_named(self.potential).curvature / self.width * jnp.exp(params["log_weight"])
+        scale = scale * banks.copies(self.boundary) ** 2
+        matrix = jnp.sum(jnp.abs(second), axis=(2, 3))
+        gain, loss = jnp.sum(matrix, axis=0), jnp.sum(jnp.maximum(-second, 0), axis=(0, 2, 3))
+
+        def bound(weights):
+            return banks.spectral_bound(first * jnp.sqrt(weights)[:, None, None])
+
+        composed = jnp.linalg.norm(matrix, 2) ** 2 * banks.spectral_bound(first)
+        return Constants(-scale * bound(loss), scale * (composed + bound(gain)))
+
+    def project(self, params):
+        """Nearest params with W >= 0."""
+        return params | {"second": jnp.maximum(params["second"], 0)}

@@ -26,7 +26,7 @@ RIDGE = jb.SmoothProblem(
     strong_convexity=lambda alpha, d: jnp.exp(alpha),
     smoothness=lambda alpha, d: jnp.exp(alpha) + 0.25 * jnp.sum(d["x"] ** 2),
 )
-ORACLE = jb.implicit.Oracle(RIDGE, held_out)
+ORACLE = jb.implicit.Oracle(RIDGE, held_out, estimate=False)
 
 
 def classification(name):
@@ -49,7 +49,7 @@ OPTIMA = {"synthetic": (4.437663, 189.20752371), "breast cancer": (0.347450, 23.
 
 
 def exact(alpha, batch):
-    hg = ORACLE(jnp.asarray(alpha), batch, tol=1e-9, adjoint_tol=1e-9)
+    hg = ORACLE(jnp.asarray(alpha, float), batch, tol=1e-9, adjoint_tol=1e-9)
     return float(hg.value), float(hg.grad)
 
 
@@ -68,7 +68,7 @@ def test_optimal_weight_of_logistic_regression(name, schedule, steps):
     batch, (optimum, value) = classification(name), OPTIMA[name]
     reached, slope = exact(optimum, batch)
     assert reached == pytest.approx(value, abs=2e-7) and abs(slope) < 1e-4  # the recipe is the reference's
-    states, infos = walk(jb.HOAG(ORACLE, schedule), jnp.array(0.0), batch, steps)
+    states, infos = walk(jb.HOAG(ORACLE, schedule), jnp.zeros(()), batch, steps)
     assert all(int(info.status) <= jb.Status.PRECISION for info in infos)
     assert float(states[-1].params) == pytest.approx(optimum, abs=2e-3)
     assert exact(states[-1].params, batch)[0] - value < 1e-4
@@ -81,6 +81,7 @@ SHRINK = jb.implicit.Oracle(
     ),
     lambda theta, x, d: 0.5 * jnp.sum(x**2),
     solver=jb.solvers.AGD(),
+    estimate=False,
 )
 ZERO = jnp.zeros((1, 2))
 

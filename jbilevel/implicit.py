@@ -210,6 +210,7 @@ def argmin(
     spec = _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products)
 
     def minimiser(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+        problem.check(params)
         problem.validate(params, data, x0)
         start = start_jitted(problem, params, data)
         x0 = start if x0 is None else trees.cast_like(x0, start)

@@ -156,6 +156,8 @@ class BatchOracle:
         What needs concrete values is checked here, before anything is traced.
         """
         _validate_params(params)
+        if hasattr(self, "problem"):
+            self.problem.check(params)
         validate_arrays(batch, "batch")
         warm = self.init(params, batch) if warm is None else warm
         if not isinstance(warm, Warm):

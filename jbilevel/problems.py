@@ -161,6 +161,11 @@ class SmoothProblem:
         constants = trees.to_single(jax.lax.stop_gradient(self.constants(params, data)))
         return SmoothView(value, constants)
 
+    def check(self, params) -> None:
+        """Refuse params that the energy knows to be wrong (its ``check(params)``), while their values are concrete."""
+        validate_arrays(params, "params")
+        getattr(self.energy, "check", lambda params: None)(params)
+
     def start(self, params, data):
         """The cold start as arrays; real inexact leaves only."""
         # strongly typed, like what solvers return: a warm start then compiles nothing new

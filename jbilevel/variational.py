@@ -47,6 +47,10 @@ class Variational:
         residual = mapped - y
         return 0.5 * jnp.sum(jnp.real(residual * jnp.conj(residual))) + self.regularizer(params, x)
 
+    def check(self, params) -> None:
+        """The regulariser's own checks of its params: negative weights of a convex network, filters that are all 0."""
+        getattr(self.regularizer, "check", lambda params: None)(params)
+
     def start(self, params, data):
         """x0 = y for the identity, else the multiple of A' y that fits y best."""
         y = jnp.asarray(self.measurement(data))

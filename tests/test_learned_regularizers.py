@@ -389,3 +389,21 @@ def test_one_step_direction_of_a_weakly_convex_lower_level():
     a, b = (np.asarray(ravel_pytree(hg.grad)[0]) for hg in (cheap, exact))
     assert a @ b > 0.5 * np.linalg.norm(a) * np.linalg.norm(b)
     assert relative(cheap.grad, exact.grad) > 1e-3  # it is biased
+
+
+def test_solves_and_oracles_refuse_what_the_regularizer_refuses():
+    icnn = jb.regularizers.ICNN(hidden=2, outputs=2, size=3)
+    params = icnn.init(jax.random.key(0))
+    bad = params | {"second": -jnp.ones_like(params["second"])}
+    problem, image = jb.variational(None, icnn), jnp.ones((12, 12))
+    batch = {"y": image[None], "x": image[None]}
+    oracle = jb.implicit.Oracle(problem, jb.losses.squared_error())
+    calls = (
+        lambda: jb.solve(problem, bad, {"y": image}),
+        lambda: jb.implicit.argmin(problem)(bad, {"y": image}),
+        lambda: oracle(bad, batch),
+        lambda: oracle.value(bad, batch),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="second"):
+            call()

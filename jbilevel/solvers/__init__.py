@@ -50,7 +50,7 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
       TypeError: a leaf of params or data is not an array, or energy closes over a traced value.
     """
     solver = default_solver(problem) if solver is None else solver
-    validate_arrays(params, "params")
+    problem.check(params)
     validate_arrays(data, "data")
     x0 = start_jitted(problem, params, data) if x0 is None else x0
     tol = require_tolerance(tol, "tol", x0)

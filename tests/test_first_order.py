@@ -11,7 +11,7 @@ import jbilevel as jb
 D = np.random.default_rng(0).standard_normal((3, 4))
 CLEAN = np.random.default_rng(1).standard_normal((3, 4))
 BATCH = {"y": jnp.asarray(D), "x": jnp.asarray(CLEAN)}
-START = {"weight": jnp.array(0.5), "shift": jnp.array([0.1, -0.2, 0.3, 0.0])}
+START = {"weight": jnp.array(0.5, float), "shift": jnp.array([0.1, -0.2, 0.3, 0.0])}
 
 
 def energy(params, x, data):
@@ -22,6 +22,8 @@ def loss(params, x, data):
     return 0.5 * jnp.sum((x - data["x"]) ** 2)
 
 
+@jax.jit
+@jax.value_and_grad
 def closed_form(params):
     """Mean loss of x_hat = (y + shift)/(1 + exp(weight))."""
     x = (BATCH["y"] + params["shift"][None, :]) / (1 + jnp.exp(params["weight"]))
@@ -45,7 +47,7 @@ def test_equals_optax_on_the_exact_gradient(optimizer):
     method = jb.FirstOrder(ORACLE, optimizer, tol=1e-12, adjoint_tol=1e-12)
     state, params, memory = method.init(START, BATCH), START, optimizer.init(START)
     for _ in range(6):
-        value, gradient = jax.value_and_grad(closed_form)(params)
+        value, gradient = closed_form(params)
         updates, memory = optimizer.update(gradient, memory, params)
         params = optax.apply_updates(params, updates)
         state, info = method.step(state, BATCH)

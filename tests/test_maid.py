@@ -161,7 +161,7 @@ def test_closed_form_minimum_is_reached_with_true_decrease(certified):
 def test_filter_learning_with_a_pytree_of_parameters(batch32, certified):
     kernels = np.random.default_rng(5).standard_normal((3, 3, 3))
     kernels = jnp.asarray(kernels - kernels.mean(axis=(1, 2), keepdims=True))
-    params = {"kernels": kernels, "log_weight": jnp.full(3, -5.0)}
+    params = {"kernels": kernels, "log_weight": jnp.full(3, -5.0, float)}
     batch = jax.tree.map(lambda v: jnp.stack([v[0, :12, :12], v[0, 20:, 20:]]), batch32)
     method = jb.MAID(jb.implicit.Oracle(FILTERS, loss, loss_smoothness=1.0), certified=certified)
     rows = walk(method, params, batch, 16)

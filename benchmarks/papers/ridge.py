@@ -1,0 +1,241 @@
+"""Learned regularisers for denoising, trained on crops and judged on whole photographs, against total variation.
+
+Convex and weakly convex ridge regularisers, an input-convex network and fields of experts, each trained by implicit
+differentiation with Adam on random crops (noise 25.5/255), the best on validation kept. Total variation gets the weight
+that is best ON THE TEST IMAGES, and also the one learned from the training images.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import jbilevel as jb
+from benchmarks import common
+
+NAME = "ridge"
+TITLE = "Learned regularisers against total variation"
+SIGMA = 25.5 / 255
+TOL = 0.1  # of training, absolute 2-norms on one crop: 2e-3 per pixel of 40 x 40
+JUDGED = 0.1  # of judging, on one photograph: far below the errors that PSNR shows
+TV_WEIGHTS = tuple(0.05 * 1.08**k for k in range(10))
+TV = jb.regularizers.SmoothedTV(eps=1e-3)
+TARGETS = {"CRR": 0.5, "WCRR": 0.9, "ICNN": 0.4}  # dB over the best total variation
+
+
+class Model(NamedTuple):
+    """A regulariser, its start, the learning rate, and what keeps its parameters feasible."""
+
+    regularizer: Any
+    start: Callable
+    rate: float
+    projection: Callable | None = None
+
+
+def models() -> dict[str, Model]:
+    R = jb.regularizers
+    crr, wcrr, icnn, foe = R.CRR(), R.WCRR(), R.ICNN(), R.FoE(count=48, size=7)
+    return {
+        "TV": Model(TV, lambda key: jnp.log(jnp.array([0.05], jnp.float32)), 2e-2),
+        "FoE": Model(foe, partial(foe.init, dtype=jnp.float32), 1e-2),
+        "ICNN": Model(icnn, partial(icnn.init, dtype=jnp.float32), 1e-2, icnn.project),
+        "CRR": Model(crr, partial(crr.init, dtype=jnp.float32), 1e-2),
+        "WCRR": Model(wcrr, partial(wcrr.init, dtype=jnp.float32), 1e-2, wcrr.project),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Photographs(NamedTuple):
+    train: list
+    validation: dict  # a batch
+    test: list  # batches of equal shape
+
+
+def noisy(images, rng) -> dict[str, jax.Array]:
+    images = np.asarray(images, np.float32)
+    return {"x": jnp.asarray(images), "y": jnp.asarray(jb.data.gaussian(rng, images, SIGMA).astype(np.float32))}
+
+
+def load(args) -> Photographs:
+    if args.data is None:
+        train = list(jb.data.photographs(180, jb.data.TRAIN_PHOTOGRAPHS))
+        test = list(jb.data.photographs(180, jb.data.TEST_PHOTOGRAPHS))
+    else:
+        train = list(jb.data.image_folder(args.data).images)
+        test = list(jb.data.image_folder(args.test).images)
+    rng = np.random.default_rng(1)  # noise of validation and test, whatever the seed of training
+    every = max(1, len(train) // 8)
+    held = [jb.data.centre_crop(image, min(128, *image.shape)) for image in train[::every][:8]]
+    train = [image for k, image in enumerate(train) if k % every or k // every >= 8]
+    if args.test_size:
+        test = [jb.data.centre_crop(image, min(args.test_size, *image.shape)) for image in test]
+    groups: dict[tuple, list] = {}
+    for image in test:
+        groups.setdefault(image.shape, []).append(image)
+    return Photographs(train, noisy(np.stack(held), rng), [noisy(np.stack(g), rng) for g in groups.values()])
+
+
+def batches(images: Sequence, crop: int, count: int, seed: int) -> Callable[[int], dict]:
+    """step -> crops with fresh noise, mirrored and turned at random; the same for the same step and seed."""
+
+    def batch(step: int) -> dict:
+        rng = np.random.default_rng([seed, step])
+        chosen = [images[i] for i in rng.integers(len(images), size=count)]
+        cut = [np.rot90(jb.data.crops(image, crop, 1, rng)[0], rng.integers(4)) for image in chosen]
+        cut = [image[:, ::-1] if rng.integers(2) else image for image in cut]
+        return noisy(np.stack(cut), rng)
+
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def reconstruct(problem, params, batch, tol=JUDGED):
+    """PSNR of each image; a solve that did not converge ends the program."""
+    solve = jax.jit(lambda data: jb.solve(problem, params, data, tol=tol))
+    found = []
+    for k in range(batch["y"].shape[0]):
+        x, info = solve({"y": batch["y"][k]})
+        jb.check(info)
+        found.append(float(jb.metrics.psnr(x, batch["x"][k])))
+    return np.array(found)
+
+
+def judge(problem, params, groups) -> np.ndarray:
+    return np.concatenate([reconstruct(problem, params, group) for group in groups])
+
+
+class Best:
+    """Callback of `fit`: keeps the parameters with the best PSNR on validation, and stops when none came for long."""
+
+    def __init__(self, problem, batch, every: int, patience: int):
+        self.oracle = jb.implicit.Oracle(problem, lambda p, x, d: -jb.metrics.psnr(x, d["x"]), estimate=False)
+        self.batch, self.every, self.patience = batch, every, patience
+        self.value, self.params, self.since, self.curve = -np.inf, None, 0, []
+
+    def __call__(self, step, state, info) -> bool:
+        if (step + 1) % self.every:
+            return False
+        value = -float(self.oracle.value(state.params, self.batch, tol=JUDGED).value)
+        self.curve.append((step + 1, round(value, 4)))
+        if value > self.value:
+            self.value, self.params, self.since = value, state.params, 0
+        else:
+            self.since += 1
+        return self.since >= self.patience
+
+
+def train(model: Model, photographs: Photographs, args, seed: int):
+    problem = jb.variational(None, model.regularizer)
+    oracle = jb.implicit.Oracle(problem, jb.losses.squared_error(), estimate=False)
+    rate = optax.cosine_decay_schedule(model.rate, args.steps, alpha=0.05)
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b2=0.99))
+    method = jb.FirstOrder(oracle, optimizer, tol=TOL, adjoint_tol=TOL, projection=model.projection)
+    best = Best(problem, photographs.validation, args.every, args.patience)
+    start = model.start(jax.random.key(seed))
+    began = time.perf_counter()
+    result = jb.fit(
+        method, start, batches(photographs.train, args.crop, args.batch[0], seed), steps=args.steps, callback=best
+    )
+    if result.status == jb.FitStatus.FAILED:
+        raise SystemExit(f"training of {type(model.regularizer).__name__} failed: {result.message}")
+    return problem, best, result, time.perf_counter() - began
+
+
+def measure(args, recorder, photographs: Photographs) -> None:
+    problem = jb.variational(None, TV)
+    grid = np.stack([judge(problem, jnp.log(jnp.array([w], jnp.float32)), photographs.test) for w in TV_WEIGHTS])
+    k = int(np.argmax(grid.mean(1)))
+    recorder.add({"model": "TV, best on the test images", "seed": 0}, {"psnr": grid[k], "weight": TV_WEIGHTS[k]})
+    print(f"best TV: {grid[k].mean():.3f} dB at weight {TV_WEIGHTS[k]:.4f}", flush=True)
+    chosen = models()
+    for name in args.models:
+        for seed in args.seeds:
+            problem, best, result, seconds = train(chosen[name], photographs, args, seed)
+            psnr = judge(problem, best.params, photographs.test)
+            count = sum(leaf.size for leaf in jax.tree.leaves(best.params))
+            figures = {
+                "psnr": psnr, "validation": best.value, "curve": best.curve, "steps": result.steps, "parameters": count,
+                "seconds": seconds, "work": result.work,
+            }  # fmt: skip
+            recorder.add({"model": name, "seed": seed}, figures)
+            recorder.write()
+            print(f"{name}, seed {seed}: {psnr.mean():.3f} dB ({psnr.mean() - grid[k].mean():+.3f}), "
+                  f"{result.steps} steps, {seconds:.0f} s", flush=True)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def render(rows: Sequence[dict]) -> str:
+    by_model: dict[str, list[dict]] = {}
+    for row in rows:
+        by_model.setdefault(row["case"]["model"], []).append(row)
+    base = np.array(by_model["TV, best on the test images"][0]["figures"]["psnr"])
+    options = rows[0]["settings"]
+    header = ["regulariser", "parameters", "PSNR", "over best TV", "of images", "of seeds", "least image", "steps", "s"]
+    lines, verdicts = [], []
+    for name, own in by_model.items():
+        psnr = np.array([row["figures"]["psnr"] for row in own])
+        gains = psnr - base
+        figures = own[0]["figures"]
+        lines.append([
+            name, figures.get("parameters", 1), f"{psnr.mean():.3f}", f"{gains.mean():+.3f}",
+            f"± {gains.mean(0).std(ddof=1):.2f}", f"± {gains.mean(1).std(ddof=1):.3f}" if len(own) > 1 else "–",
+            f"{gains.mean(0).min():+.2f}", common.whole(np.mean([r["figures"].get("steps", 0) for r in own])),
+            common.whole(np.mean([r["figures"].get("seconds", 0) for r in own])),
+        ])  # fmt: skip
+        if name in TARGETS:
+            met = "met" if gains.mean() >= TARGETS[name] else "NOT met"
+            verdicts.append(f"- {name}: {gains.mean():+.2f} dB; criterion >= +{TARGETS[name]} dB: {met}.\n")
+    intro = (
+        f"{base.size} test images, crops of {options['crop']} pixels, {options['batch'][0]} per step, "
+        f"{len(options['seeds'])} seed(s); gains are paired by image.\n"
+    )
+    return "\n".join([intro, common.table(header, lines), "".join(verdicts)])
+
+
+def main(argv=None) -> None:
+    options = common.parser(
+        __doc__,
+        defaults={
+            "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 800, "seeds": [0], "every": 50, "patience": 12,
+            "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
+        },
+        quick={"batch": [2], "crop": 20, "steps": 4, "every": 2, "models": ["TV", "CRR"], "test_size": 32},
+    )  # fmt: skip
+    options.add_argument("--data", metavar="DIR", help="folder of training images (default: scikit-image photographs)")
+    options.add_argument("--test", metavar="DIR", help="folder of test images; needed with --data")
+    options.add_argument("--test-size", type=int, help="centre crops of test images, 0: whole images")
+    options.add_argument("--models", nargs="+", choices=list(models()), help="which regularisers")
+    options.add_argument("--seeds", nargs="+", type=int, help="of initialisation and crops")
+    options.add_argument("--crop", type=int, help="side of training crops in pixels")
+    options.add_argument("--steps", type=int, help="Adam steps")
+    options.add_argument("--every", type=int, help="steps between validations")
+    options.add_argument("--patience", type=int, help="validations without a better one before stopping")
+    args = common.parse(options, argv)
+    if (args.data is None) != (args.test is None):
+        raise SystemExit("--data and --test go together: images to learn from, and others to be judged on")
+    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
+    recorder.options |= {key: Path(getattr(args, key) or "scikit-image").name for key in ("data", "test")}
+    with common.precision("float32"):
+        measure(args, recorder, load(args))
+    recorder.write()
+    print(render(recorder.rows))
+
+
+if __name__ == "__main__":
+    main()

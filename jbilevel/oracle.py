@@ -363,20 +363,21 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
 
 
 def _chunk_gradients(oracle, params, split, mapped, start, weight, tol, adjoint_tol, weighted_mean: bool):
+    may_leave = weighted_mean or oracle.on_failure == "drop"
     if oracle.direct:
-        may_leave = weighted_mean or oracle.on_failure == "drop"
         return _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave)
     solve = _over_samples(lambda m, w: oracle._sample(params, split.data(m), w, tol, adjoint_tol))
     samples, points = solve(mapped, start)
     kept = _kept(oracle, samples, weight)
-    (mapped, points), weight = _without(kept, (mapped, points), weight)
+    if may_leave:
+        (mapped, points), weight = _without(kept, (mapped, points), weight)
 
     def weighted(params, points):
         values = _over_samples(lambda m, point: oracle._surrogate(params, split.data(m), point))(mapped, points)
         return jnp.sum(weight * values)
 
     gradients = Points(*(None if point is None else jax.grad(weighted)(params, point) for point in points))
-    return _zero_unless_any(kept, gradients), samples
+    return _zero_unless_any(kept, gradients) if may_leave else gradients, samples
 
 
 def _kept(oracle, samples: Sample, weight):

@@ -48,7 +48,7 @@ def models() -> dict[str, Model]:
     return {
         "TV": Model(TV, lambda key: jnp.log(jnp.array([0.05], jnp.float32)), 2e-2),
         "FoE": Model(foe, partial(foe.init, dtype=jnp.float32), 1e-2),
-        "ICNN": Model(icnn, partial(icnn.init, dtype=jnp.float32), 1e-2, icnn.project),
+        "ICNN": Model(icnn, partial(icnn.init, dtype=jnp.float32), 5e-3, icnn.project),
         "CRR": Model(crr, partial(crr.init, dtype=jnp.float32), 1e-2),
         "WCRR": Model(wcrr, partial(wcrr.init, dtype=jnp.float32), 1e-2, wcrr.project),
     }

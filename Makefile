@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -72,6 +72,8 @@ def newton_step(view, loss_gradient, pair: Pair, product, steps: int) -> Correct
     defect = before * jnp.sqrt(solve.squared).astype(before.dtype)
     new = Pair(x, q, pair.energy, gradient, trees.norm(gradient), defect)
     left = jnp.maximum(_share(new.residual, pair.residual), _share(defect, before))
+    indefinite = (move.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
+    left = jnp.where(indefinite, jnp.inf, left)
     return Correction(new, (x_halfway, q_halfway), left, work)
 
 

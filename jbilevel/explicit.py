@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import require_scalar
+from jbilevel.problems import trace_scalar
 from jbilevel.results import SolveInfo, Status, Warm, Work
 
 
@@ -48,7 +48,7 @@ class Oracle(BatchOracle):
         return self._forward(params, data, warm, tol)[1]
 
     def _forward(self, params, data, warm, tol):
-        require_scalar(jax.eval_shape(self.loss, params, data), "loss")
+        trace_scalar(self.loss, "loss", params, data)
         value = self.loss(params, data)
         seen = jax.lax.stop_gradient(value)
         status = jnp.where(jnp.isfinite(seen), Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)

@@ -187,6 +187,7 @@ def fit(
         if file is not None and written != run.steps:
             _save(file, run, rows, changing, origin)
     status, message = ended
+    message = _with_failures(message, rows)
     return FitResult(run.state.params, run.state, _history(rows), status, run.steps, run.work, message, compile_seconds)
 
 
@@ -242,6 +243,16 @@ def _ended(run: _Run, rows, steps: int, value_below, grad_norm_below, work_budge
         if met:
             return FitStatus.CONVERGED, f"{reason} after {run.steps} steps (work {run.work:.6g})."
     return (FitStatus.FINISHED, f"All {run.steps} steps were taken.") if run.steps >= steps else None
+
+
+def _with_failures(message: str, rows) -> str:
+    """``message``, and how many steps had a solve that did not meet its tolerance: nothing fails silently."""
+    codes = [int(row[COLUMNS.index("status")]) for row in rows]
+    failed = [code for code in codes if code > Status.PRECISION]
+    if not failed:
+        return message
+    worst = Status(max(failed))
+    return f"{message} In {len(failed)} of {len(codes)} steps a solve failed, at worst {worst.name}: {worst.message}"
 
 
 def _failure(step: int, info) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jbilevel import errors, trees
 from jbilevel.oracle import BatchOracle, Points, Sample
-from jbilevel.problems import SmoothProblem, require_scalar
+from jbilevel.problems import SmoothProblem, trace_scalar
 from jbilevel.results import SolveInfo, Status, Warm, guard
 from jbilevel.solvers import cg, default_solver, minres, require_tolerance
 from jbilevel.solvers.loop import run, start_jitted
@@ -85,7 +85,7 @@ class Oracle(BatchOracle):
 
     def _lower(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
-        require_scalar(jax.eval_shape(self.loss, params, warm.x, data), "loss")
+        trace_scalar(self.loss, "loss", params, warm.x, data)
         solver = default_solver(self.problem) if self.solver is None else self.solver
         view = self.problem.at(params, data)
         return view, run(solver, view, warm.x, tol, self.max_steps)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jbilevel import trees
+from jbilevel.problems import validate_arrays
 from jbilevel.results import StepInfo
+from jbilevel.solvers import require_tolerance
 
 
 class Scales(NamedTuple):
@@ -21,11 +24,20 @@ def scales(oracle, params, batch) -> Scales:
     """Ask the oracle for nothing: infinite tolerances return the cold start with its residuals."""
     first = oracle(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf)
     solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
-    return Scales(jnp.mean(solution), jnp.mean(first.adjoint.residual))
+    return Scales(_finite_mean(solution), _finite_mean(first.adjoint.residual))
+
+
+def _finite_mean(sizes):
+    """Mean without samples that are NaN, which no accuracy is meant for."""
+    finite = jnp.isfinite(sizes)
+    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
 
 
 def first_tolerances(oracle, params, batch, relative, tol, adjoint_tol):
     """(tol, adjoint_tol) as asked for, or ``relative`` times the scales at the cold start."""
+    for name, asked in (("tol", tol), ("adjoint_tol", adjoint_tol)):
+        if asked is not None:
+            require_tolerance(asked, name, params)
     if tol is not None and adjoint_tol is not None:
         return jnp.asarray(tol, float), jnp.asarray(adjoint_tol, float)
     measured = scales(oracle, params, batch)
@@ -44,6 +56,9 @@ def first_step(params, grad, relative=0.1):
 
 
 def project(projection, params):
+    """P(params), with strong types: a Python number would make the first steps compile again."""
+    validate_arrays(params, "params")
+    params = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), params)
     return params if projection is None else trees.cast_like(projection(params), params)
 
 

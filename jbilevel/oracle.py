@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import errors, trees
-from jbilevel.problems import require_hashable, validate_arrays
+from jbilevel.problems import refuse_derivatives, require_hashable, validate_arrays
 from jbilevel.results import Hypergradient, SolveInfo, Status, Value, Warm
 from jbilevel.solvers import require_tolerance
 
@@ -129,6 +129,7 @@ class BatchOracle:
 
         Args: as for `__call__`. The adjoint in ``warm``, where there is one, sharpens value and error for free.
         """
+        params, batch = refuse_derivatives((params, batch), "of an oracle", "call the oracle and read `.grad`")
         warm, tol = self._canonical(params, batch, warm, sample_weight, tol=tol)
         return _value(self, params, batch, warm, tol, sample_weight)
 
@@ -147,6 +148,7 @@ class BatchOracle:
           TypeError: a leaf of params or batch is not an array, or warm is not a `Warm`.
         """
         adjoint_tol = tol if adjoint_tol is None else adjoint_tol
+        params, batch = refuse_derivatives((params, batch), "of an oracle", "read `.grad`, or use jb.implicit.argmin")
         warm, *tols = self._canonical(params, batch, warm, sample_weight, tol=tol, adjoint_tol=adjoint_tol)
         return _hypergradient(self, params, batch, warm, *tols, sample_weight)
 
@@ -280,6 +282,12 @@ def _over_samples(function):
     return run
 
 
+def _named(sample: Sample) -> Sample:
+    """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
+    status = jnp.where(jnp.isfinite(sample.value), sample.lower.status, Status.NONFINITE).astype(jnp.int32)
+    return sample._replace(lower=sample.lower._replace(status=status))
+
+
 def _usable(sample: Sample):
     """Whether a sample's numbers mean anything: not so after NaN, or with an indefinite Hessian in the adjoint."""
     return jnp.maximum(sample.lower.status, sample.adjoint.status) < Status.INDEFINITE
@@ -292,7 +300,8 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     def evaluate(carry, chunk):
         (mapped, start), _ = chunk
         with jax.default_matmul_precision("highest"):
-            return carry, _over_samples(lambda m, w: oracle._value(params, split.data(m), w, tol))(mapped, start)
+            samples = _over_samples(lambda m, w: oracle._value(params, split.data(m), w, tol))(mapped, start)
+        return carry, _named(samples)
 
     _, samples = _in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
@@ -353,6 +362,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     grad = total.corrected if oracle.correct else total.plain
     grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
     finite = jnp.isfinite(value) & trees.all_finite(grad)
+    samples = _blamed(samples, finite | ~jnp.isfinite(value))
     error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
     bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
     values = samples.value - samples.shift if oracle.correct else samples.value
@@ -368,6 +378,7 @@ def _chunk_gradients(oracle, params, split, mapped, start, weight, tol, adjoint_
         return _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave)
     solve = _over_samples(lambda m, w: oracle._sample(params, split.data(m), w, tol, adjoint_tol))
     samples, points = solve(mapped, start)
+    samples = _named(samples)
     kept = _kept(oracle, samples, weight)
     if may_leave:
         (mapped, points), weight = _without(kept, (mapped, points), weight)
@@ -384,6 +395,12 @@ def _kept(oracle, samples: Sample, weight):
     """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
     kept = weight != 0
     return kept & _usable(samples) if oracle.on_failure == "drop" else kept
+
+
+def _blamed(samples: Sample, fine) -> Sample:
+    """A gradient that is not finite though every value is: nobody knows of which sample, so no adjoint is fine."""
+    status = jnp.where(fine, samples.adjoint.status, Status.NONFINITE).astype(jnp.int32)
+    return samples._replace(adjoint=samples.adjoint._replace(status=status))
 
 
 def _without(kept, leaves, weight):
@@ -404,6 +421,7 @@ def _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_lea
 
     differentiate = jax.grad(weighted, has_aux=True)
     gradients, samples = differentiate(params, mapped, start, weight)
+    samples = _named(samples)
     if not may_leave:
         return Points(gradients), samples
     kept = _kept(oracle, samples, weight)
@@ -423,5 +441,7 @@ def _gradient_error(oracle, total: Points, samples: Sample, weight):
         moved_last = trees.norm(trees.sub(total.corrected, total.halfway))
         return errors.remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.left, 0.0)))
     if oracle.corrects:
-        return trees.norm(trees.sub(total.corrected, total.plain))
+        # a Newton step that met negative curvature tells nothing
+        known = jnp.all(jnp.isfinite(samples.left) | (weight == 0))
+        return jnp.where(known, trees.norm(trees.sub(total.corrected, total.plain)), jnp.inf)
     return oracle.unknown_error(weight.dtype)

@@ -188,7 +188,7 @@ class SmoothProblem:
         if x0 is not None:
             _same_shapes(x0, start)
         _no_closed_over_tracer(self.energy, params, start, data)
-        require_scalar(jax.eval_shape(self.energy, params, start, data), "energy")
+        trace_scalar(self.energy, "energy", params, start, data)
 
 
 def require_scalar(out, name: str) -> None:
@@ -200,6 +200,39 @@ def require_scalar(out, name: str) -> None:
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"{name} must return a real number, got dtype {out.dtype}; take its real part.")
+
+
+def refuse_derivatives(tree, what: str, instead: str):
+    """``tree`` itself; TypeError when it is differentiated, because the result would carry no derivative, silently."""
+
+    @jax.custom_jvp
+    def same(tree):
+        return tree
+
+    @same.defjvp
+    def _(primals, tangents):
+        raise TypeError(f"the result {what} has no derivative: {instead}.")
+
+    leaves, treedef = jax.tree.flatten(tree)
+    where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    if not where:
+        return tree
+    for k, leaf in zip(where, same([leaves[k] for k in where]), strict=True):
+        leaves[k] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def trace_scalar(function, name: str, *arguments) -> None:
+    """`require_scalar` of a user's function, with the shapes of one sample where the function does not fit them."""
+    try:
+        out = jax.eval_shape(function, *arguments)
+    except TypeError as error:
+        if "shape" not in str(error):
+            raise
+        names = ("params", "x", "data") if len(arguments) == 3 else ("params", "data")
+        shapes = jax.tree.map(jnp.shape, dict(zip(names, arguments, strict=True)))
+        raise ValueError(f"{name} does not fit the shapes of one sample, {shapes}: {error}") from error
+    require_scalar(out, name)
 
 
 def require_hashable(thing) -> None:

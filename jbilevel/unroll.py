@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jbilevel import implicit, trees
 from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import SmoothProblem, require_scalar
+from jbilevel.problems import SmoothProblem, trace_scalar
 from jbilevel.results import SolveInfo, Status, Warm, Work
 from jbilevel.solvers import AGD
 
@@ -67,7 +67,7 @@ class Oracle(BatchOracle):
 
     def _forward(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
-        require_scalar(jax.eval_shape(self.loss, params, warm.x, data), "loss")
+        trace_scalar(self.loss, "loss", params, warm.x, data)
         state, view = self._iterate(params, data, jax.lax.stop_gradient(warm.x))
         value = self.loss(params, state.x, data)
         state, seen = jax.lax.stop_gradient((state, value))

@@ -296,8 +296,9 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 import jax
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have ignored it
 jax.config.update("jax_enable_x64", True)
 sys.path.insert(0, {tests!r})
 from test_fit import Toy, PARAMS, fit, mini

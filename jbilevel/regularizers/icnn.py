@@ -73,16 +73,23 @@ class ICNN:
         return shapes | ({"first_bias": (self.hidden,), "second_bias": (self.outputs,)} if self.bias else {})
 
     def init(self, key, *, weight: float = 0.1, dtype=None):
-        """V of mean 0 and norm 1, W averaging, for images in [0, 1] with noise of about 0.1."""
+        """Pairs of opposite filters of mean 0 and norm 1, W close to reading each feature at its own pixel.
+
+        psi_w(t) + psi_w(-t) is about |t|, so learning starts near an l1 norm of filter responses; a W that averages
+        over pixels and features would start near a constant. For images in [0, 1] with noise of about 0.1.
+        """
         dtype = dtype or jnp.result_type(float)
         key_first, key_second = jax.random.split(key)
-        first = banks.zero_mean(jax.random.normal(key_first, self._shapes["first"], dtype))
+        half = jax.random.normal(key_first, (-(-self.hidden // 2), self.size, self.size), dtype)
+        half = banks.zero_mean(half)
+        half = half / jnp.linalg.norm(half, axis=(1, 2), keepdims=True)
         second = jax.random.uniform(key_second, self._shapes["second"], dtype, 0.5, 1.5)
+        centre = self.size // 2
+        spread = jnp.full((self.size, self.size), 0.2 / self.size**2, dtype).at[centre, centre].add(0.8)
         params = {
-            # psi_w is about half of an absolute value, and all outputs average over the same features
-            "log_weight": jnp.asarray(math.log(2 * weight / self.outputs), dtype),
-            "first": first / jnp.linalg.norm(first, axis=(1, 2), keepdims=True),
-            "second": second / (self.hidden * self.size**2),
+            "log_weight": jnp.asarray(math.log(4 * weight / self.hidden), dtype),
+            "first": jnp.concatenate([half, -half])[: self.hidden],
+            "second": second * spread / self.outputs,
         }
         return params | {key: jnp.zeros(self._shapes[key], dtype) for key in self._shapes if key not in params}
 

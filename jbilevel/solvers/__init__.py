@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import trees
-from jbilevel.problems import SmoothProblem, validate_arrays
+from jbilevel.problems import SmoothProblem, refuse_derivatives, validate_arrays
 from jbilevel.results import SolveInfo
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
@@ -52,6 +52,7 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
     solver = default_solver(problem) if solver is None else solver
     problem.check(params)
     validate_arrays(data, "data")
+    params, data = refuse_derivatives((params, data), "of jb.solve", "use jb.implicit.argmin")
     x0 = start_jitted(problem, params, data) if x0 is None else x0
     tol = require_tolerance(tol, "tol", x0)
     solution = solve_jitted(problem, solver, params, data, x0, tol, max_steps)

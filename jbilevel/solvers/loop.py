@@ -109,6 +109,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
         status = jnp.where(residual <= target, Status.CONVERGED, status)
         # before the first evaluation a solver may report inf; NaN is never a start
         bad = jnp.isnan(residual) | (jnp.isinf(residual) & (progress.steps > 0))
+        bad = bad | ~jnp.isfinite(trees.norm(progress.state.x))  # an energy without a minimum
         status = jnp.where(bad, Status.NONFINITE, status).astype(jnp.int32)
         best, lowest = jnp.where(better, residual, progress.best), jnp.where(lower, value, progress.lowest)
         return progress._replace(best=best, lowest=lowest, since=since, status=status)

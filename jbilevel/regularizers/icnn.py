@@ -89,7 +89,7 @@ class ICNN:
         params = {
             "log_weight": jnp.asarray(math.log(4 * weight / self.hidden), dtype),
             "first": jnp.concatenate([half, -half])[: self.hidden],
-            "second": second * spread / self.outputs,
+            "second": second * spread[None, None] / self.outputs,
         }
         return params | {key: jnp.zeros(self._shapes[key], dtype) for key in self._shapes if key not in params}
 

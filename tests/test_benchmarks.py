@@ -44,6 +44,7 @@ def run_quickly(name, folder):
 
 
 # one test, so that pytest-xdist runs every benchmark once
+@pytest.mark.slow
 def test_quick_runs_write_complete_rows_and_render(tmp_path):
     started = {name: run_quickly(name, tmp_path) for name in SCRIPTS}
     for process in started.values():

@@ -27,7 +27,7 @@ from benchmarks.error_problems import CERTIFIED, ESTIMATED
 from jbilevel import errors
 from jbilevel.constants import Constants
 
-SEEDS = range(6)
+SEEDS = range(4)
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 ROUNDING = 1e-12
 
@@ -86,7 +86,7 @@ def above_rounding(found: Found, floor=1e-10):
 
 def test_estimates_are_the_true_errors(plain):
     ratios = np.concatenate([f.estimate[above_rounding(f)] / f.grad_error[above_rounding(f)] for f in plain])
-    assert ratios.size >= 60
+    assert ratios.size >= 40
     assert 0.9 <= np.median(ratios) <= 1.2
     assert np.mean(ratios >= 0.5) >= 0.97  # of few cases on 8 x 8 pixels; the slow test asks for 99 %
     assert np.mean(ratios <= 2.0) >= 0.97

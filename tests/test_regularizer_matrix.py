@@ -32,7 +32,12 @@ REGULARIZERS = {
     # nudged, its second layer would be negative
     "ICNN": Entry(jb.regularizers.ICNN(hidden=3, outputs=2, size=3, potential="smoothstep"), (6, 5), 0.03, nudge=0.0),
 }
-every_entry = pytest.mark.parametrize("entry", REGULARIZERS.values(), ids=REGULARIZERS)
+# WCRR is CRR with one more term: of the two, only it runs every time
+every_entry = pytest.mark.parametrize(
+    "entry",
+    [pytest.param(e, marks=pytest.mark.slow if name == "CRR" else ()) for name, e in REGULARIZERS.items()],
+    ids=REGULARIZERS,
+)
 
 
 def points(entry, count=1, dtype=jnp.float64):

@@ -67,11 +67,11 @@ def minimise(
         import dfols
     except ImportError as error:
         raise ImportError("jb.dfols needs the package DFO-LS (GPL-3.0): pip install 'jbilevel[dfols]'.") from error
-    start, assemble = ravel_pytree(params)
-    start = np.asarray(start, np.float64)
+    flat, assemble = ravel_pytree(params)
+    start = np.asarray(flat, np.float64)
     _check(start, budget, tol, radius)
     run = _Run(oracle, assemble, batch, sample_weight, budget, tol, finest, radius * max(1.0, np.max(np.abs(start))))
-    run.callback = callback
+    run.callback, run.dtype = callback, flat.dtype
     settings = {"rhobeg": run.radius, "objfun_has_noise": True, "do_logging": False, "maxfun": 10**6, **(options or {})}
     if lower is not None or upper is not None:
         settings["bounds"] = (_bound(lower, params, -1e20), _bound(upper, params, 1e20))
@@ -89,7 +89,7 @@ def minimise(
     history = {name: np.asarray([row[name] for row in run.rows]) for name in ("value", "tol", "work", "seconds")}
     message = {FitStatus.FINISHED: "The budget was spent."}.get(status, status.message)
     return FitResult(
-        params=assemble(jnp.asarray(run.best, ravel_pytree(params)[0].dtype)), state=state, history=history,
+        params=assemble(jnp.asarray(start if run.best is None else run.best, flat.dtype)), state=state, history=history,
         status=status, steps=len(run.rows), work=run.work, message=message, compile_seconds=run.compile_seconds,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ class _Run:
         if self.work >= self.budget:
             raise _Spent
         tol, began = self._accuracy(point), time.perf_counter()
-        params = self.assemble(jnp.asarray(point))
+        params = self.assemble(jnp.asarray(point, self.dtype))
         warm = self.oracle.init(params, self.batch) if self.warm is None else self.warm
         found = jax.block_until_ready(
             self.oracle.value(params, self.batch, warm, tol=tol, sample_weight=self.weight)
@@ -122,7 +122,7 @@ class _Run:
             raise ValueError("DFO-LS needs nonnegative losses (it takes their square roots); add a constant to `loss`.")
         value = float(found.value)
         self.work += float(found.work)
-        if self.best is None or value < self.best_value:
+        if value < self.best_value:  # never so for NaN, whose point and warm start nobody wants
             self.best, self.best_value, self.warm = np.array(point), value, found.warm
         self.rows.append({"value": value, "tol": tol, "work": self.work, "seconds": seconds})
         if self.callback is not None and self.callback(len(self.rows) - 1, params, value):

@@ -70,7 +70,7 @@ def newton_step(view, loss_gradient, pair: Pair, product, steps: int) -> Correct
     work = Work.zero().plus(gradients=2, products=move.steps + solve.steps + 1)
     before = trees.norm(missing)
     defect = before * jnp.sqrt(solve.squared).astype(before.dtype)
-    new = Pair(x, q, pair.energy, gradient, trees.norm(gradient), defect)
+    new = Pair(x, q, jnp.where(better, energy, pair.energy), gradient, trees.norm(gradient), defect)
     left = jnp.maximum(_share(new.residual, pair.residual), _share(defect, before))
     indefinite = (move.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
     left = jnp.where(indefinite, jnp.inf, left)

@@ -58,3 +58,8 @@ def test_what_cannot_be_done_is_said(dfols):
     negative = jb.implicit.Oracle(QUADRATIC.problem, lambda p, x, data: -jnp.sum(x**2))
     with pytest.raises(ValueError, match="nonnegative losses"):
         dfols.minimise(negative, jnp.asarray(0.0), batch, budget=10, tol=1e-2)
+
+
+def test_params_keep_their_dtype(dfols):
+    result = dfols.minimise(ORACLE, jnp.asarray(0.0, jnp.float32), QUADRATIC.batch(0, 2), budget=60, tol=1e-2)
+    assert result.params.dtype == jnp.float32

@@ -105,10 +105,9 @@ def batches(images: Sequence, crop: int, count: int, seed: int) -> Callable[[int
 
 def reconstruct(problem, params, batch, tol=JUDGED):
     """PSNR of each image; a solve that did not converge ends the program."""
-    solve = jax.jit(lambda data: jb.solve(problem, params, data, tol=tol))
     found = []
     for k in range(batch["y"].shape[0]):
-        x, info = solve({"y": batch["y"][k]})
+        x, info = jb.solve(problem, params, {"y": batch["y"][k]}, tol=tol)
         jb.check(info)
         found.append(float(jb.metrics.psnr(x, batch["x"][k])))
     return np.array(found)

@@ -86,7 +86,7 @@ class LinearOperator:
         random start is orthogonal to the leading singular vector. Operators that know better override this;
         ``norm_is_bound`` says whether the result is proven. Nothing is cached: keep the number.
         """
-        _check_tolerance(tol)
+        check_tolerance(tol)
         return norms.lanczos(self, tol)
 
     def batched(self, n: int) -> LinearOperator:
@@ -160,7 +160,7 @@ def _is_tree(shape) -> bool:
     return any(isinstance(s, tuple) for s in shape)
 
 
-def _check_tolerance(tol) -> None:
+def check_tolerance(tol) -> None:
     if not 0 < tol < 1:
         raise ValueError(f"`tol` must lie between 0 and 1, got {tol}.")
 

@@ -106,7 +106,7 @@ def test_norm_is_a_number_even_inside_jit_and_as_accurate_as_said():
 def test_dot_test_sees_a_wrong_transpose():
     wrong = from_functions(lambda x: jnp.asarray(MATRIX) @ x, lambda y: jnp.asarray(OTHER).T @ y, (4,), (3,))
     found = dot_test(wrong, jax.random.key(3))
-    assert found.adjoint > 1e-2 and found.transpose > 0.1
+    assert found.adjoint > 1e-3 and found.transpose > 0.1
     missing_conjugate = from_functions(
         lambda x: jnp.asarray(UNITARY) @ x, lambda y: jnp.asarray(UNITARY.conj().T) @ y, (4,), (4,), in_kind="complex"
     )

@@ -7,4 +7,5 @@ from jbilevel.operators.functions import from_callbacks as from_callbacks
 from jbilevel.operators.functions import from_functions as from_functions
 from jbilevel.operators.norms import DotTest as DotTest
 from jbilevel.operators.norms import dot_test as dot_test
+from jbilevel.operators.fan import FanBeam as FanBeam
 from jbilevel.operators.xray import ParallelBeam as ParallelBeam

@@ -1,0 +1,421 @@
+"""DICOM series and Decathlon volumes from small files made here, whole and damaged."""
+
+import gzip
+import json
+import struct
+import sys
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    RLELossless,
+    generate_uid,
+)
+
+from jbilevel.data import decathlon, dicom_series, split_by_patient
+
+rng = np.random.default_rng(0)
+
+# --- DICOM
+
+PIXELS = rng.integers(0, 4096, (40, 34), dtype=np.uint16)
+
+
+def ct(pixels=PIXELS, z=0.0, patient="p1", series="1.2.3", syntax=ImplicitVRLittleEndian, **changes):
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax.is_compressed else syntax
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.PatientID, data.SeriesInstanceUID, data.Modality = patient, series, "CT"
+    data.Rows, data.Columns = pixels.shape
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data.PixelSpacing, data.ImagePositionPatient = [0.8, 0.7], [-10, -20, z]
+    data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    data.RescaleSlope, data.RescaleIntercept = 1, -1024
+    data.PixelData = pixels.tobytes()
+    if syntax.is_compressed:
+        data.compress(syntax)
+    for name, value in changes.items():
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
+    return data
+
+
+def save(data, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless])
+def test_hounsfield_units_of_a_slice(tmp_path, syntax):
+    save(ct(syntax=syntax, RescaleSlope=0.5, RescaleIntercept=-1000.5), tmp_path / "a.dcm")
+    (series,) = dicom_series(tmp_path)
+    assert series.pixel_mm == (0.8, 0.7) and (series.patient, series.uid) == ("p1", "1.2.3")
+    (slice_,) = series.slices
+    assert slice_.hu.dtype == np.float32 and slice_.name == "a.dcm"
+    np.testing.assert_allclose(slice_.hu, PIXELS * 0.5 - 1000.5)
+
+
+def test_signed_pixels(tmp_path):
+    pixels = PIXELS.astype(np.int16) - 2048
+    save(ct(pixels, RescaleIntercept=0), tmp_path / "a.dcm")
+    np.testing.assert_array_equal(dicom_series(tmp_path)[0].slices[0].hu, pixels)
+
+
+def test_series_are_sorted_by_position_not_by_name(tmp_path):
+    heights = [5.0, -2.5, 0.0, 2.5, -5.0]
+    for k, z in enumerate(heights):
+        save(ct(PIXELS + np.uint16(k), z), tmp_path / f"{k}.dcm")
+    (series,) = dicom_series(str(tmp_path))
+    assert series.positions == (-5.0, -2.5, 0.0, 2.5, 5.0)
+    assert [s.name for s in series.slices] == ["4.dcm", "1.dcm", "2.dcm", "3.dcm", "0.dcm"]
+    volume = series.volume()
+    assert volume.shape == (5, 40, 34) and volume.dtype == np.float32
+    np.testing.assert_array_equal(volume[1], (PIXELS + 1.0) - 1024)
+
+
+def test_oblique_series_are_sorted_along_their_normal(tmp_path):
+    orientation = [0, 1, 0, 0, 0, -1]  # sagittal: the normal is -x
+    for k, x in enumerate([3.0, 1.0, 2.0]):
+        save(ct(ImagePositionPatient=[x, 0, 50], ImageOrientationPatient=orientation), tmp_path / f"{k}.dcm")
+    (series,) = dicom_series(tmp_path)
+    assert series.positions == (-3.0, -2.0, -1.0) and series.slices[0].name == "0.dcm"
+
+
+def test_patients_and_series_are_kept_apart(tmp_path):
+    for k, (patient, series) in enumerate([("b", "1"), ("a", "2"), ("a", "1"), ("a", "1")]):
+        save(ct(patient=patient, series=f"1.{series}", z=float(k)), tmp_path / patient / f"{k}.IMA")
+    found = dicom_series(tmp_path)
+    assert [(s.patient, s.uid, len(s.slices)) for s in found] == [("a", "1.1", 2), ("a", "1.2", 1), ("b", "1.1", 1)]
+    train, test = split_by_patient([s.patient for s in found], (0.5, 0.5), 0)
+    assert sorted([train, test]) == [[0, 1], [2]]
+
+
+def test_what_is_no_ct_image_is_left_out(tmp_path):
+    save(ct(), tmp_path / "without_suffix")
+    save(ct(z=5.0, Modality="SEG"), tmp_path / "seg.dcm")
+    (tmp_path / "LICENSE").write_text("text")
+    (tmp_path / ".hidden.dcm").write_bytes(b"x")
+    assert [[s.name for s in series.slices] for series in dicom_series(tmp_path)] == [["without_suffix"]]
+    (tmp_path / "without_suffix").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\(of a CT\) is missing: `root`"):
+        dicom_series(tmp_path)
+
+
+def test_pixels_are_read_when_they_are_asked_for(tmp_path):
+    path = save(ct(), tmp_path / "a.dcm")
+    (series,) = dicom_series(tmp_path)
+    save(ct(PIXELS + np.uint16(1)), path)
+    np.testing.assert_array_equal(series.slices[0].hu, PIXELS + 1.0 - 1024)
+
+
+def test_a_gap_in_a_volume_is_told(tmp_path):
+    for k, z in enumerate([0, 1, 2, 4]):
+        save(ct(z=float(z)), tmp_path / f"{k}.dcm")
+    (series,) = dicom_series(tmp_path, limit=3)
+    assert series.volume().shape == (3, 40, 34)
+    (series,) = dicom_series(tmp_path)
+    with pytest.raises(ValueError, match="series 1.2.3 of patient p1 are 1 to 2 mm apart"):
+        series.volume()
+
+
+@pytest.mark.parametrize("keep", [0, 100, 132, 200, 500, -1, -50])
+def test_truncated_dicom_files_are_named(tmp_path, keep):
+    path = save(ct(), tmp_path / "cut.dcm")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.dcm"):
+        [list(series.slices) for series in dicom_series(tmp_path)]
+
+
+@pytest.mark.parametrize("keep", [0.85, 0.9])
+def test_truncated_jpeg_2000_is_named(tmp_path, keep):
+    path = save(ct(rng.integers(0, 4096, (64, 64), dtype=np.uint16), syntax=JPEG2000Lossless), tmp_path / "cut.dcm")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"cut\.dcm is damaged or truncated"):
+        dicom_series(tmp_path)[0].slices[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"RescaleSlope": None}, "no RescaleSlope"),
+        ({"RescaleIntercept": None}, "no RescaleIntercept"),
+        ({"ImagePositionPatient": None}, "no ImagePositionPatient"),
+        ({"PixelSpacing": [0.0, 1.0]}, "makes no sense"),
+        ({"ImagePositionPatient": [0, 1]}, "makes no sense"),
+        ({"NumberOfFrames": 20}, "several frames"),
+        ({"SamplesPerPixel": 3}, "colours"),
+        ({"Rows": 0}, "none or more than"),
+        ({"Rows": 65535, "Columns": 65535}, r"\(65535, 65535\) pixels.*max_pixels"),
+        ({"Rows": 41}, "damaged or truncated"),
+        ({"RescaleSlope": 0}, "slope 0.0"),
+        ({"PixelData": None}, "damaged or truncated"),
+    ],
+)
+def test_headers_that_cannot_be_used_are_named(tmp_path, changes, message):
+    save(ct(**changes), tmp_path / "odd.dcm")
+    with pytest.raises(ValueError, match=rf"odd\.dcm.*{message}"):
+        dicom_series(tmp_path)[0].slices[0]
+
+
+def test_a_packed_slice_that_lies_about_its_size_is_not_decoded(tmp_path, monkeypatch):
+    data = ct(syntax=JPEG2000Lossless)
+    start = data.PixelData.index(b"\xff\x4f\xff\x51") + 8
+    huge = struct.pack(">2I", 60000, 60000)
+    data.PixelData = data.PixelData[:start] + huge + data.PixelData[start + 8 :]
+    save(data, tmp_path / "liar.dcm")
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda self: pytest.fail("decoded")))
+    with pytest.raises(ValueError, match=r"liar\.dcm is packed with \(60000, 60000\) pixels and announces \(40, 34\)"):
+        dicom_series(tmp_path)[0].slices[0]
+
+
+def test_deflated_files_are_not_inflated(tmp_path, monkeypatch):
+    save(ct(syntax=DeflatedExplicitVRLittleEndian), tmp_path / "a.dcm")
+    monkeypatch.setattr(pydicom, "dcmread", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"a\.dcm is deflated"):
+        dicom_series(tmp_path)
+
+
+def test_a_missing_decoder_is_named(tmp_path):
+    data = ct(syntax=RLELossless)
+    data.file_meta.TransferSyntaxUID = JPEGLosslessSV1  # whose decoder is GPL: no extra brings it
+    save(data, tmp_path / "a.dcm")
+    with pytest.raises(ImportError, match=r"a\.dcm is packed as JPEG Lossless"):
+        dicom_series(tmp_path)[0].slices[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "at one place"),
+        ({"z": 1.0, "PixelSpacing": [0.8, 0.8]}, "differ in size, spacing or direction"),
+        ({"z": 1.0, "pixels": PIXELS[:5]}, "differ in size"),
+        ({"z": 1.0, "ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "direction"),
+    ],
+)
+def test_slices_that_do_not_fit_into_one_series_are_named(tmp_path, changes, message):
+    save(ct(), tmp_path / "first.dcm")
+    save(ct(**changes), tmp_path / "second.dcm")
+    with pytest.raises(ValueError, match=rf"first\.dcm and .*second\.dcm are of one series.*{message}"):
+        dicom_series(tmp_path)
+
+
+def test_folders_and_arguments_of_dicom_series(tmp_path):
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"is missing: `root` must be a folder with\n.*ANYTHING\.dcm"):
+            dicom_series(root)
+    with pytest.raises(ValueError, match="limit"):
+        dicom_series(tmp_path, limit=0)
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ImportError, match=r"pydicom.*jbilevel\[medical\]"):
+        dicom_series(tmp_path)
+
+
+# --- Decathlon
+
+SHAPE = (5, 6, 4)  # x, y, z
+IMAGE = rng.integers(-1000, 1000, SHAPE, dtype=np.int16)
+LABELS = rng.integers(0, 3, SHAPE, dtype=np.uint8)
+RAS = np.diag([0.8, 0.7, 2.5, 1.0])
+LAS = np.diag([-0.8, 0.7, 2.5, 1.0])
+
+
+@pytest.fixture
+def liver(tmp_path):
+    listed = {
+        "labels": {"0": "background", "1": "liver", "2": "cancer"},
+        "training": [
+            {"image": f"./imagesTr/liver_{k}.nii.gz", "label": f"./labelsTr/liver_{k}.nii.gz"} for k in (7, 3)
+        ],
+        "test": ["./imagesTs/liver_9.nii.gz"],
+    }
+    for folder in ("imagesTr", "labelsTr", "imagesTs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    for name in ("imagesTr/liver_7", "imagesTr/liver_3", "imagesTs/liver_9"):
+        nibabel.save(nibabel.Nifti1Image(IMAGE, RAS), tmp_path / f"{name}.nii.gz")
+    for name in ("labelsTr/liver_7", "labelsTr/liver_3"):
+        nibabel.save(nibabel.Nifti1Image(LABELS, RAS), tmp_path / f"{name}.nii.gz")
+    return tmp_path
+
+
+def radiological(array):
+    """From x to the right, y to the front, z to the head: slices, front at the top, patient's right on the left."""
+    return array.transpose(2, 1, 0)[:, ::-1, ::-1]
+
+
+def test_decathlon(liver):
+    samples = decathlon(liver)
+    assert len(samples) == 2 and samples.classes == ("background", "liver", "cancer")
+    volume = samples[0]
+    np.testing.assert_array_equal(volume.image, radiological(IMAGE))
+    np.testing.assert_array_equal(volume.labels, radiological(LABELS))
+    assert volume.image.dtype == np.float32 and volume.labels.dtype == np.uint8
+    assert volume.voxel_mm == pytest.approx((2.5, 0.7, 0.8)) and volume.name == "liver_7.nii.gz"
+    (test,) = decathlon(liver, "test")
+    assert test.labels is None and test.image.shape == (4, 6, 5)
+    assert [v.name for v in decathlon(liver, limit=1)] == ["liver_7.nii.gz"]
+
+
+def test_all_orientations_give_the_same_volume(liver):
+    left = IMAGE[::-1]
+    nibabel.save(nibabel.Nifti1Image(left, LAS), liver / "imagesTs/liver_9.nii.gz")
+    np.testing.assert_array_equal(decathlon(liver, "test")[0].image, radiological(IMAGE))
+    turned = np.array([[0, 0, 0.8, 0], [0.7, 0, 0, 0], [0, 2.5, 0, 0], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(IMAGE.transpose(1, 2, 0), turned), liver / "imagesTs/liver_9.nii.gz")
+    volume = decathlon(liver, "test")[0]
+    np.testing.assert_array_equal(volume.image, radiological(IMAGE))
+    assert volume.voxel_mm == pytest.approx((2.5, 0.7, 0.8))
+
+
+def test_slope_and_intercept_and_several_sequences(liver):
+    image = nibabel.Nifti1Image(np.stack([IMAGE, IMAGE + 1], -1), RAS)
+    image.header.set_slope_inter(2.0, -5.0)
+    nibabel.save(image, liver / "imagesTs/liver_9.nii.gz")
+    volume = decathlon(liver, "test")[0]
+    stored = np.asarray(nibabel.load(liver / "imagesTs/liver_9.nii.gz").dataobj)
+    assert volume.image.shape == (2, 4, 6, 5)
+    np.testing.assert_allclose(volume.image[1], radiological(stored[..., 1]), atol=1e-3)
+    np.testing.assert_allclose(volume.image[1], volume.image[0] + 1, atol=2.1)
+
+
+def volume_bytes(shape=SHAPE, bits=16, offset=352.0, array=IMAGE):
+    head = bytearray(nibabel.Nifti1Image(array, RAS).to_bytes()[:352])
+    head[40:56] = struct.pack("<8h", len(shape), *shape, *[1] * (7 - len(shape)))
+    head[72:74] = struct.pack("<h", bits)
+    head[108:112] = struct.pack("<f", offset)
+    return bytes(head) + array.tobytes("F")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "truncated, or no NIfTI-1"),
+        (bytes(400), "no NIfTI-1"),
+        (volume_bytes()[:200], "truncated"),
+        (volume_bytes()[:-10], "damaged, truncated"),
+        (volume_bytes(shape=(32767, 32767, 32767)), r"\(32767, 32767, 32767\), more than `max_voxels`"),
+        (volume_bytes(shape=(5, 24)), "expected 3 or 4 axes"),
+        (volume_bytes(shape=(5, 0, 4)), "expected 3 or 4 axes"),
+        (volume_bytes(shape=(5, -6, 4)), "expected 3 or 4 axes"),
+        (volume_bytes(bits=2048), "2048 bits"),
+        (volume_bytes(offset=1e9), "header of 1000000000"),
+    ],
+)
+def test_damaged_volumes_are_named(liver, content, message):
+    (liver / "imagesTs/liver_9.nii.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=rf"liver_9\.nii\.gz.*{message}"):
+        decathlon(liver, "test")[0]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.3, 0.9])
+def test_truncated_archives_are_named(liver, keep):
+    path = liver / "imagesTs/liver_9.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if keep in (0, 5) else int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"liver_9\.nii\.gz"):
+        decathlon(liver, "test")[0]
+
+
+def test_volumes_that_are_not_packed(liver):
+    listed = json.loads((liver / "dataset.json").read_text())
+    listed["test"] = ["imagesTs/a.nii"]
+    (liver / "dataset.json").write_text(json.dumps(listed))
+    (liver / "imagesTs/a.nii").write_bytes(volume_bytes())
+    np.testing.assert_array_equal(decathlon(liver, "test")[0].image, radiological(IMAGE))
+    (liver / "imagesTs/a.nii").write_bytes(volume_bytes(shape=(500, 600, 400)))
+    with pytest.raises(ValueError, match=r"a\.nii is truncated.*\(500, 600, 400\)"):
+        decathlon(liver, "test")[0]
+
+
+def test_the_limit_of_voxels_is_the_users(liver):
+    assert decathlon(liver, max_voxels=120)[0].image.size == 120
+    with pytest.raises(ValueError, match="max_voxels"):
+        decathlon(liver, max_voxels=119)[0]
+
+
+@pytest.mark.parametrize(
+    "labels, affine, message",
+    [
+        (LABELS[:4], RAS, r"liver_7\.nii\.gz has \(4, 6, 5\) pixels, but .*\(4, 6, 4\)"),
+        (LABELS, LAS, "different places"),
+        (LABELS, np.diag([0.8, 0.7, 3.0, 1.0]), "different places"),
+        (LABELS + np.uint8(1), RAS, "labels other than those in dataset.json, 0 to 2"),
+        (LABELS / np.float32(2), RAS, "labels other than"),
+        (np.full(SHAPE, np.nan, np.float32), RAS, "labels other than"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(liver, labels, affine, message):
+    nibabel.save(nibabel.Nifti1Image(labels, affine), liver / "labelsTr/liver_7.nii.gz")
+    with pytest.raises(ValueError, match=rf"(?=.*labelsTr).*{message}"):
+        decathlon(liver)[0]
+
+
+def test_images_that_are_not_finite_are_named(liver):
+    nibabel.save(nibabel.Nifti1Image(np.full(SHAPE, np.inf, np.float32), RAS), liver / "imagesTs/liver_9.nii.gz")
+    with pytest.raises(ValueError, match=r"liver_9\.nii\.gz has voxels that are NaN or infinite"):
+        decathlon(liver, "test")[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "{}",
+        '{"labels": {"0": "a"}, "training": []}',
+        '{"labels": {"0": "a"}, "training": ["x"]}',
+        '{"labels": {"background": 0}, "training": [{"image": "a", "label": "b"}]}',
+        '{"labels": {"0": "a", "2": "b"}, "training": [{"image": "a", "label": "b"}]}',
+        "[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_damaged_lists_are_named(liver, text):
+    (liver / "dataset.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"dataset\.json is no dataset\.json of the Decathlon"):
+        decathlon(liver)
+
+
+def test_lists_cannot_name_volumes_elsewhere(liver):
+    listed = {"labels": {"0": "a"}, "training": [{"image": "../x.nii.gz", "label": "./y.nii.gz"}]}
+    (liver / "dataset.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"dataset\.json names the file '\.\./x\.nii\.gz', which is not below"):
+        decathlon(liver)
+
+
+def test_folders_and_arguments_of_decathlon(liver, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json is missing: `root` must be a folder with\n"):
+        decathlon(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(ValueError, match="`split` is 'train': choose one of 'training', 'test'"):
+        decathlon(liver, "train")
+    with pytest.raises(ValueError, match="limit"):
+        decathlon(liver, limit=0)
+    (liver / "labelsTr/liver_7.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"liver_7\.nii\.gz is missing, but dataset\.json names it"):
+        decathlon(liver)[0]
+
+
+def test_without_nibabel_the_extra_is_named(liver, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(ImportError, match=r"nibabel.*jbilevel\[medical\]"):
+        decathlon(liver)

@@ -173,14 +173,20 @@ def test_headers_that_cannot_be_used_are_named(tmp_path, changes, message):
         dicom_series(tmp_path)[0].slices[0]
 
 
-def test_a_packed_slice_that_lies_about_its_size_is_not_decoded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "offset, lie, message",
+    [
+        (8, struct.pack(">2I", 60000, 60000), r"\(60000, 60000\) pixels of 1 components and announces \(40, 34\)"),
+        (40, struct.pack(">H", 16384), r"\(40, 34\) pixels of 16384 components"),
+    ],
+)
+def test_a_packed_slice_that_lies_about_its_size_is_not_decoded(tmp_path, monkeypatch, offset, lie, message):
     data = ct(syntax=JPEG2000Lossless)
-    start = data.PixelData.index(b"\xff\x4f\xff\x51") + 8
-    huge = struct.pack(">2I", 60000, 60000)
-    data.PixelData = data.PixelData[:start] + huge + data.PixelData[start + 8 :]
+    start = data.PixelData.index(b"\xff\x4f\xff\x51") + offset
+    data.PixelData = data.PixelData[:start] + lie + data.PixelData[start + len(lie) :]
     save(data, tmp_path / "liar.dcm")
     monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda self: pytest.fail("decoded")))
-    with pytest.raises(ValueError, match=r"liar\.dcm is packed with \(60000, 60000\) pixels and announces \(40, 34\)"):
+    with pytest.raises(ValueError, match=rf"liar\.dcm is packed with {message}"):
         dicom_series(tmp_path)[0].slices[0]
 
 

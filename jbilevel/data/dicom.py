@@ -238,9 +238,12 @@ def _check_code_stream(data, shape):
     start = content.find(b"\xff\x4f\xff\x51")
     if not data.file_meta.TransferSyntaxUID.is_compressed or start < 0:
         return
-    size = content[start + 8 : start + 24]
-    if len(size) < 16:
+    size = content[start + 8 : start + 42]
+    if len(size) < 34:
         raise _Unusable("is truncated.")
-    right, bottom, left, top = struct.unpack(">4I", size)
-    if (bottom - top, right - left) != shape:
-        raise _Unusable(f"is packed with {(bottom - top, right - left)} pixels and announces {shape}: it is damaged.")
+    right, bottom, left, top, *_, components = struct.unpack(">8IH", size)
+    if (bottom - top, right - left, components) != (*shape, 1):
+        raise _Unusable(
+            f"is packed with {(bottom - top, right - left)} pixels of {components} components and announces {shape} "
+            "grey ones: it is damaged."
+        )

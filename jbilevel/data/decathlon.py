@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import struct
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .samples import Samples, check_choice, check_limit, check_same_size, checked_root, inside, optional_package
+from .samples import Samples, check_choice, check_limit, check_same_size, checked_root, inside, opened, optional_package
 
 _TREE = """\
   dataset.json
@@ -131,7 +130,7 @@ def _volume(nibabel, path, max_voxels, dimensions):
 
 def _check_announced(path, max_voxels, dimensions):
     """Refuse what is too large before nibabel allocates memory for it."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+    with opened(path) as stream:
         try:
             head = stream.read(348)
         except (EOFError, OSError, zlib.error) as error:

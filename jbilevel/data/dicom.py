@@ -88,7 +88,7 @@ class _Header(NamedTuple):
     uid: str
     description: str
     shape: tuple[int, int]
-    pixel_mm: tuple[float, float]
+    pixel_mm: tuple[float, ...]
     orientation: tuple[float, ...]
     position: tuple[float, ...]
 
@@ -202,9 +202,9 @@ def _series(pydicom, headers):
         return CTSlice(_hounsfield(pydicom, path, first.shape), position, path.name)
 
     positions = tuple(position for position, _ in placed)
-    return CTSeries(
-        first.patient, first.uid, first.description, first.pixel_mm, positions, Samples(tuple(placed), read)
-    )
+    rows, columns = first.pixel_mm
+    slices = Samples(tuple(placed), read)
+    return CTSeries(first.patient, first.uid, first.description, (rows, columns), positions, slices)
 
 
 def _hounsfield(pydicom, path, shape):

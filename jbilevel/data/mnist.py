@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from .samples import LabelledImages, check_choice, check_limit, missing_file
+from .samples import LabelledImages, check_choice, check_limit, missing_file, opened
 
 _FILES = {"train": "train", "test": "t10k"}
 _TREE = """\
@@ -67,7 +66,7 @@ def read_idx(path, ndim: int, limit: int | None = None, max_bytes: int = 1_000_0
     """
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+        with opened(path) as stream:
             head = stream.read(4 + 4 * ndim)
             if head[:4] != bytes([0, 0, 8, ndim]) or len(head) != 4 + 4 * ndim:
                 raise ValueError(

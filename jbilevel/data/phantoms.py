@@ -219,10 +219,10 @@ def abdomen(rng: np.random.Generator, width: float = 340.0, *, lesions: int = 2,
         labels.append("lesion")
         densities.append(densities[host] + rng.choice([-1, 1]) * rng.uniform(0.02, 0.06))
 
-    ellipses = [
-        Ellipse(*(float(v) * width / 2 for v in e[:4]), float(e.angle), density - (0 if p is None else densities[p]))
-        for e, p, density in zip(placed, parents, densities, strict=True)
-    ]
+    r, ellipses = width / 2, []
+    for e, parent, density in zip(placed, parents, densities, strict=True):
+        around = 0 if parent is None else densities[parent]
+        ellipses.append(Ellipse(*(float(v) for v in (r * e.x, r * e.y, r * e.a, r * e.b, e.angle, density - around))))
     return Abdomen(ellipses, [ABDOMEN_LABELS.index(k) for k in labels], [float(d) for d in densities])
 
 

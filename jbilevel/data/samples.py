@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -116,20 +117,20 @@ def split_by_patient(
     >>> print(sorted(train + test), {patients[i] for i in train} & {patients[i] for i in test})
     [0, 1, 2, 3, 4, 5] set()
     """
-    fractions = np.asarray(fractions, np.float64)
-    if not (fractions.ndim == 1 and np.all(fractions >= 0) and np.isclose(fractions.sum(), 1)):
-        raise ValueError(f"`fractions` is {fractions.tolist()}: give shares that are not negative and add up to 1.")
+    shares = np.asarray(fractions, np.float64)
+    if not (shares.ndim == 1 and np.all(shares >= 0) and np.isclose(shares.sum(), 1)):
+        raise ValueError(f"`fractions` is {shares.tolist()}: give shares that are not negative and add up to 1.")
     names = list(dict.fromkeys(patients))
-    wanted = fractions > 0
+    wanted = shares > 0
     if len(names) < wanted.sum():
         raise ValueError(f"`patients` has {len(names)} different patients, fewer than the {wanted.sum()} parts.")
     # Each part one patient, and then one by one to the part that lacks most.
     sizes = wanted.astype(int)
     while sizes.sum() < len(names):
-        sizes[np.argmax(np.where(wanted, fractions * len(names) - sizes, -np.inf))] += 1
+        sizes[np.argmax(np.where(wanted, shares * len(names) - sizes, -np.inf))] += 1
     order = np.random.default_rng(rng).permutation(len(names))
     part_of = {names[k]: part for part, some in enumerate(np.split(order, np.cumsum(sizes)[:-1])) for k in some}
-    return tuple([i for i, p in enumerate(patients) if part_of[p] == part] for part in range(len(fractions)))
+    return tuple([i for i, p in enumerate(patients) if part_of[p] == part] for part in range(len(shares)))
 
 
 def checked_root(root, expected: Sequence[str], tree: str) -> Path:
@@ -199,6 +200,11 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_folder, label
                 f"such as {some[lonely[0]].name}: copy the missing files, or remove the others."
             )
     return [(images[key], labels[key]) for key in sorted(images)]
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file to read bytes from, unpacked on the way if its name ends in ``.gz``."""
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
 
 
 def optional_package(module: str, extra: str):

@@ -72,6 +72,7 @@ def test_rounding_below_zero_is_forgiven():
     "sinogram, options, message",
     [
         ([1.0, -0.1], {}, "negative line integrals, down to -0.1"),
+        ([100.0, -1e-3], {}, "negative"),
         ([-1e-9], {}, "negative"),
         ([1.0, np.nan], {}, "NaN"),
         ([1.0, np.inf], {}, "infinite"),

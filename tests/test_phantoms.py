@@ -143,6 +143,13 @@ def test_lesions_lie_in_organs_and_differ_from_them():
     assert seen == 50
 
 
+def test_the_lobes_of_the_liver_are_one_organ():
+    for seed in range(5):
+        phantom = abdomen(rng(seed), lesions=0)
+        liver = {d for d, k in zip(phantom.densities, phantom.labels, strict=True) if ABDOMEN_LABELS[k] == "liver"}
+        assert len(liver) == 1
+
+
 def test_abdomens_repeat_with_the_seed_and_vary_otherwise():
     assert abdomen(rng(1)) == abdomen(rng(1)) != abdomen(rng(2))
     centres = np.array([[e[:2] for e in abdomen(rng(k), lesions=0).ellipses] for k in range(10)])

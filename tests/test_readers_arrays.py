@@ -267,6 +267,30 @@ def test_a_header_that_announces_too_much_allocates_nothing(scans):
         lodopab(scans)
 
 
+@pytest.mark.parametrize("chunks", [None, (1, 4, 3)])
+def test_scans_that_were_not_written_are_not_zeros(scans, chunks):
+    with h5py.File(scans / "observation_train_000.hdf5", "w") as file:
+        data = file.create_dataset("data", (3, 4, 3), np.float32, chunks=chunks)
+        if chunks:
+            data[:2] = SCANS[:2]
+    with pytest.raises(ValueError, match=r"observation_train_000\.hdf5 does not hold all of its shape \(3, 4, 3\)"):
+        lodopab(scans)
+
+
+def test_filters_that_are_not_known_are_not_looked_for(scans):
+    write(scans / "observation_train_000.hdf5", SCANS[:3], chunks=(1, 4, 3), scaleoffset=3)
+    with pytest.raises(ValueError, match=r"observation_train_000\.hdf5 is packed in a way that needs a plug-in"):
+        lodopab(scans)
+
+
+def test_patients_are_those_of_the_file_when_others_are_missing(scans):
+    for kind, array in (("ground_truth", SLICES), ("observation", SCANS)):
+        (scans / f"{kind}_test_000.hdf5").unlink()
+        write(scans / f"{kind}_test_001.hdf5", array)
+    (scans / "patient_ids_rand_test.csv").write_text("".join(f"{k}\n" for k in range(133)))
+    assert [s.patient for s in lodopab(scans, "test")] == [128, 129, 130, 131, 132]
+
+
 def test_other_files_are_not_reached_through_a_link(scans, tmp_path_factory):
     secret = tmp_path_factory.mktemp("elsewhere") / "secret.hdf5"
     write(secret, SLICES[:3])

@@ -108,12 +108,21 @@ def test_patients_and_series_are_kept_apart(tmp_path):
 def test_what_is_no_ct_image_is_left_out(tmp_path):
     save(ct(), tmp_path / "without_suffix")
     save(ct(z=5.0, Modality="SEG"), tmp_path / "seg.dcm")
+    save(ct(SOPClassUID="1.2.840.10008.5.1.4.1.1.7", ImagePositionPatient=None), tmp_path / "screenshot.dcm")
+    scout = [0, 1, 0, 0, 0, -1]
+    save(ct(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], ImageOrientationPatient=scout), tmp_path / "scout.dcm")
     (tmp_path / "LICENSE").write_text("text")
     (tmp_path / ".hidden.dcm").write_bytes(b"x")
     assert [[s.name for s in series.slices] for series in dicom_series(tmp_path)] == [["without_suffix"]]
     (tmp_path / "without_suffix").unlink()
     with pytest.raises(FileNotFoundError, match=r"\(of a CT\) is missing: `root`"):
         dicom_series(tmp_path)
+
+
+def test_anonymised_slices_are_read(tmp_path):
+    save(ct(patient="", series="", SOPClassUID="", Modality=""), tmp_path / "a.dcm")
+    (series,) = dicom_series(tmp_path)
+    assert (series.patient, series.uid, len(series.slices)) == ("", "", 1)
 
 
 def test_pixels_are_read_when_they_are_asked_for(tmp_path):

@@ -16,21 +16,26 @@ _TREE = """\
 DICOM files at any depth, named as they like; each series of each patient is found by what the files say."""
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_TAGS = (
-    "SOPInstanceUID",
-    "Modality",
-    "PatientID",
-    "SeriesInstanceUID",
-    "SeriesDescription",
+_CT_IMAGES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # of one frame and of several
+_NEEDED = (
     "Rows",
     "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
     "PixelSpacing",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "RescaleSlope",
     "RescaleIntercept",
+)
+_TAGS = (
+    "SOPClassUID",
+    "ImageType",
+    "Modality",
+    "PatientID",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    *_NEEDED,
 )
 
 
@@ -97,8 +102,8 @@ def dicom_series(root, *, limit: int | None = None, max_pixels: int = 4096 * 409
     """The CT series in the DICOM files under a folder, by patient and series; pixels are read when they are asked for.
 
     Files that end in dcm, dicom or ima, whatever the case, must be DICOM; of other files those that begin like DICOM
-    are read. What is no CT image (structures, segmentations, reports) is left out. Give the patients of the series to
-    :func:`split_by_patient`.
+    are read. What is no slice of a CT (structures, segmentations, scouts, screenshots) is left out. Give the patients
+    of the series to :func:`split_by_patient`.
 
     Args:
         root: the folder.
@@ -147,11 +152,14 @@ def _header(pydicom, path, max_pixels):
         if meta.get("TransferSyntaxUID") == _DEFLATED:  # pydicom would inflate the whole file, however large it gets
             raise _Unusable("is deflated: convert it to another transfer syntax.")
         data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-        if data.get("Modality", "CT") != "CT":
+        # Anonymised files may have emptied both: then what follows decides.
+        if (data.get("Modality") or "CT") != "CT" or (data.get("SOPClassUID") or _CT_IMAGES[0]) not in _CT_IMAGES:
+            return None
+        if "LOCALIZER" in (data.get("ImageType") or ()):
             return None
         if int(data.get("NumberOfFrames") or 1) != 1 or int(data.get("SamplesPerPixel", 1)) != 1:
             raise _Unusable("has several frames or colours: convert it to single slices.")
-        missing = [tag for tag in _TAGS[5:] if tag != "NumberOfFrames" and data.get(tag) in (None, "")]
+        missing = [tag for tag in _NEEDED if data.get(tag) in (None, "")]
         if missing:
             raise _Unusable(f"has no {missing[0]}: it is truncated, or no slice of a CT.")
         numbers = [tuple(map(float, data[tag].value)) for tag in ("PixelSpacing", "ImageOrientationPatient")]

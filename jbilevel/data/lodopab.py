@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -115,13 +114,20 @@ def _with_data(path, use):
             properties = data.id.get_create_plist()
             if not {properties.get_filter(i)[0] for i in range(properties.get_nfilters())} <= _FILTERS:
                 raise _Unexpected("is packed in a way that needs a plug-in")
-            if not data.chunks and data.size * data.dtype.itemsize > Path(path).stat().st_size:
-                raise _Unexpected(f"is too short for its shape {data.shape}")
+            if not _complete(data):
+                raise _Unexpected(f"does not hold all of its shape {data.shape}, and HDF5 would fill in zeros")
             return use(data)
     except _Unexpected as error:
         raise ValueError(f"{path} {error}: it is no file of LoDoPaB-CT.") from None
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, truncated or no HDF5 file: {error}") from error
+
+
+def _complete(data):
+    """Whether all values have been written."""
+    if not data.chunks:
+        return data.id.get_storage_size() == data.size * data.dtype.itemsize
+    return data.id.get_num_chunks() == math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
 
 
 class _Unexpected(Exception):

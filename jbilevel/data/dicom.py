@@ -103,7 +103,7 @@ def dicom_series(root, *, limit: int | None = None, max_pixels: int = 4096 * 409
 
     Files that end in dcm, dicom or ima, whatever the case, must be DICOM; of other files those that begin like DICOM
     are read. What is no slice of a CT (structures, segmentations, scouts, screenshots) is left out. Give the patients
-    of the series to :func:`split_by_patient`.
+    of the series to :func:`split_by_patient`. Where series have no uid, as in anonymised files, each folder is one.
 
     Args:
         root: the folder.
@@ -131,7 +131,7 @@ def dicom_series(root, *, limit: int | None = None, max_pixels: int = 4096 * 409
         raise missing_file(root / "*.dcm (of a CT)", _TREE)
     groups: dict[tuple[str, str], list[_Header]] = {}
     for header in headers:
-        groups.setdefault((header.patient, header.uid), []).append(header)
+        groups.setdefault((header.patient, header.uid or str(header.path.parent)), []).append(header)
     return [_series(pydicom, groups[key]) for key in sorted(groups)]
 
 

@@ -110,6 +110,33 @@ def charbonnier(target: Hashable = "x", mean: bool = False, *, eps: float = 1e-3
     return ImageLoss(_charbonnier, _positive("eps", eps), target, bool(mean), part)
 
 
+@dataclass(frozen=True)
+class DenoisingScore:
+    """½ ‖∇R(params, y) - (y - x)‖²: one gradient step of size 1 on R removes the noise of y as well as it can.
+
+    Denoising score matching (Vincent 2011): for y = x + noise of standard deviation s the minimiser over all functions
+    has ∇R/s² = -∇ log of the density of y. It needs no lower-level solve, one step costs a few gradients of R, so it
+    pre-trains a regulariser for `jbilevel.explicit.Oracle`; the weight that suits a reconstruction is to be found
+    afterwards.
+
+    Args:
+        regularizer: ``R(params, x) -> scalar`` for one image.
+        noisy, target: where y and x are in ``data``, as for :class:`ImageLoss`.
+
+    >>> loss = DenoisingScore(lambda weight, x: 0.5 * weight * jnp.sum(x**2))
+    >>> print(loss(0.5, {"x": jnp.array([1.0, 2.0]), "y": jnp.array([2.0, 4.0])}))
+    0.0
+    """
+
+    regularizer: Callable[[Any, Any], Any]
+    noisy: Hashable = "y"
+    target: Hashable = "x"
+
+    def __call__(self, params, data):
+        y = _clean(data, self.noisy)
+        return squared_error(None)(params, jax.grad(self.regularizer, argnums=1)(params, y), y - _clean(data, self.target))
+
+
 def _half_square(d, scale):
     return 0.5 * d**2
 

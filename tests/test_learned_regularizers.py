@@ -17,14 +17,14 @@ from jbilevel.regularizers.potentials import POTENTIALS
 rng = np.random.default_rng(0)
 KEY = jax.random.key(1)
 SMALL = {
-    "FoE": FoE(count=3, size=3),
+    "FoE": FoE(count=3, size=3, boundary="valid"),
     "FoE, zero": FoE(count=3, size=4, potential="smoothstep", boundary="zero"),
     "FoE, symmetric": FoE(count=2, size=3, potential="spline", boundary="symmetric", overall_weight=False),
     "CRR": CRR(channels=(2, 3), sizes=(3, 2)),
     "CRR, root": CRR(channels=(3,), sizes=(4,), potential="root", boundary="symmetric"),
     "WCRR": WCRR(channels=(2, 3), sizes=(3, 2)),
     "WCRR, huber": WCRR(channels=(2, 3), sizes=(3, 2), potential="huber", boundary="zero", weak_convexity=0.5),
-    "ICNN": ICNN(hidden=3, outputs=2, size=3),
+    "ICNN": ICNN(hidden=3, outputs=2, size=3, boundary="valid"),
     "ICNN, bias": ICNN(hidden=2, outputs=3, size=2, potential="smoothstep", boundary="symmetric", bias=True),
 }
 every_regularizer = pytest.mark.parametrize("R", SMALL.values(), ids=SMALL)
@@ -149,7 +149,7 @@ def test_ridge_is_the_sum_over_layered_responses():
 
 
 def test_icnn_is_two_layers():
-    R, x = ICNN(hidden=3, outputs=2, size=3, bias=True), rng.standard_normal((7, 6))
+    R, x = ICNN(hidden=3, outputs=2, size=3, bias=True, boundary="valid"), rng.standard_normal((7, 6))
     p = jax.tree.map(np.asarray, params_of(R)) | {"first_bias": np.arange(3) / 9, "second_bias": -np.arange(2) / 7}
     psi = lambda t: np.where(t <= 0, 0, np.where(t < 0.01, t**2 / 0.02, t - 0.005))  # noqa: E731
     z = psi(direct(p["first"][:, None], x[None]) + p["first_bias"][:, None, None])
@@ -226,7 +226,7 @@ def test_hessian_lies_within_the_proven_bounds(R):
 
 
 def test_hessian_lipschitz_is_met_within_an_order():
-    for R in (FoE(count=2, size=3), SMALL["WCRR"]):
+    for R in (FoE(count=2, size=3, boundary="valid"), SMALL["WCRR"]):
         params = params_of(R)
         bound = float(R.bounds(params).hessian_lipschitz)
         rates = []
@@ -239,7 +239,7 @@ def test_hessian_lipschitz_is_met_within_an_order():
 
 
 def test_icnn_with_negative_weights_loses_what_its_bound_says():
-    R = ICNN(hidden=3, outputs=2, size=3, potential="smoothstep", width=0.1)
+    R = ICNN(hidden=3, outputs=2, size=3, potential="smoothstep", width=0.1, boundary="valid")
     p = params_of(R)
     p = p | {"second": p["second"].at[:, 0].multiply(-0.5)}
     bounds = jax.jit(R.bounds)(p)  # traced: nothing raises

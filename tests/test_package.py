@@ -105,8 +105,8 @@ def test_import_needs_no_optional_package():
     run("""
 import sys
 import jbilevel
-optional = {"astra", "dfols", "equinox", "flax", "jaxopt", "matplotlib", "optimistix", "PIL", "safetensors", "skimage",
-            "sklearn", "tomosipo"}
+optional = {"astra", "dfols", "equinox", "flax", "h5py", "jaxopt", "matplotlib", "nibabel", "openjpeg", "optimistix",
+            "PIL", "pydicom", "pylibjpeg", "safetensors", "skimage", "sklearn", "tomosipo"}
 found = optional & set(sys.modules)
 assert not found, f"import jbilevel also imports {sorted(found)}"
 """)

@@ -1,17 +1,69 @@
-"""Images to learn from, as NumPy arrays on the host: bundled photographs, folders of pictures, noise."""
+"""Images to learn from, as NumPy arrays on the host: photographs, readers of data sets, phantoms, noise, units."""
 
+from .bsds import Photograph, bsds500
+from .cifar import cifar10
+from .decathlon import Volume, decathlon
+from .dicom import CTSeries, CTSlice, dicom_series
+from .ellipses import Ellipse, label_mask, line_integrals, parallel_sinogram, raster
 from .folders import ImageFolder, image_folder
-from .noise import gaussian
+from .hounsfield import MU_WATER, attenuation_to_hu, density_to_hu, hu_to_attenuation, hu_to_density
+from .lodopab import Scan, lodopab
+from .mnist import mnist
+from .noise import gaussian, poisson_transmission
+from .pets import Pet, oxford_pets, stanford_dogs
+from .phantoms import ABDOMEN_LABELS, Abdomen, abdomen, random_ellipses, shepp_logan
 from .photographs import PHOTOGRAPHS, TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, centre_crop, crops, photographs
+from .samples import IGNORED, Labelled, LabelledImages, Samples, Segmented, split_by_patient
+from .street_scenes import CAMVID_CLASSES, CITYSCAPES_CLASSES, camvid, cityscapes
 
 __all__ = [
+    "ABDOMEN_LABELS",
+    "CAMVID_CLASSES",
+    "CITYSCAPES_CLASSES",
+    "IGNORED",
+    "MU_WATER",
     "PHOTOGRAPHS",
     "TEST_PHOTOGRAPHS",
     "TRAIN_PHOTOGRAPHS",
+    "Abdomen",
+    "CTSeries",
+    "CTSlice",
+    "Ellipse",
     "ImageFolder",
+    "Labelled",
+    "LabelledImages",
+    "Pet",
+    "Photograph",
+    "Samples",
+    "Scan",
+    "Segmented",
+    "Volume",
+    "abdomen",
+    "attenuation_to_hu",
+    "bsds500",
+    "camvid",
     "centre_crop",
+    "cifar10",
+    "cityscapes",
     "crops",
+    "decathlon",
+    "density_to_hu",
+    "dicom_series",
     "gaussian",
+    "hu_to_attenuation",
+    "hu_to_density",
     "image_folder",
+    "label_mask",
+    "line_integrals",
+    "lodopab",
+    "mnist",
+    "oxford_pets",
+    "parallel_sinogram",
     "photographs",
+    "poisson_transmission",
+    "random_ellipses",
+    "raster",
+    "shepp_logan",
+    "split_by_patient",
+    "stanford_dogs",
 ]

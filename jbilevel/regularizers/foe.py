@@ -28,8 +28,8 @@ class FoE:
     Args:
       count, size: number of filters and their side length.
       potential: "root", "huber", "spline", "psi" or "smoothstep", see `jbilevel.regularizers.potentials`.
-      boundary: "valid" takes responses where a filter lies inside the image, "zero" and "symmetric" extend the image so
-        that there is one at every pixel.
+      boundary: "symmetric" and "zero" extend the image so that there is a response at every pixel; "valid" takes those
+        where a filter lies inside the image, so that pixels near the border are smoothed too little.
       overall_weight: whether params has ``log_weight``.
       smoothing_min: bound that `project` enforces on nu.
       zero_mean: whether `project` removes the mean of each filter.
@@ -51,7 +51,7 @@ class FoE:
     count: int = 48
     size: int = 7
     potential: str = "root"
-    boundary: str = "valid"
+    boundary: str = "symmetric"
     overall_weight: bool = True
     smoothing_min: float = 1e-4
     zero_mean: bool = True

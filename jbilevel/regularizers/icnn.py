@@ -30,9 +30,11 @@ class ICNN:
       hidden, outputs, size: filters of the first and the second layer, and their side length.
       width: w.
       potential: "psi", or "smoothstep", which is psi_w with a continuous second derivative.
-      boundary: "valid" takes responses where a filter lies inside the image; "zero" and "symmetric" extend the input of
-        both layers.
+      boundary: "symmetric" and "zero" extend the input of both layers; "valid" takes responses where a filter lies
+        inside the image, so that pixels near the border are smoothed too little.
       bias: whether the layers have biases (paper 3 has none).
+      zero_mean: whether `project` removes the mean of each first filter, so that the energy does not see brightness:
+        without it steps of any optimiser that treats entries alike, such as Adam, soon penalise bright images.
 
     x has shape (H, W), any float dtype, with H, W >= size, or >= 2 size - 1 for "valid".
 
@@ -53,8 +55,9 @@ class ICNN:
     size: int = 5
     width: float = 0.01
     potential: str = "psi"
-    boundary: str = "valid"
+    boundary: str = "symmetric"
     bias: bool = False
+    zero_mean: bool = True
 
     def __post_init__(self):
         banks.require_bank("ICNN", self.boundary, hidden=self.hidden, outputs=self.outputs, size=self.size)
@@ -141,5 +144,6 @@ class ICNN:
         return Constants(-scale * bound(loss), scale * (composed + bound(gain)))
 
     def project(self, params):
-        """Nearest params with W >= 0."""
-        return params | {"second": jnp.maximum(params["second"], 0)}
+        """Nearest params with W >= 0 and, with ``zero_mean``, first filters of mean 0."""
+        first = banks.zero_mean(params["first"]) if self.zero_mean else params["first"]
+        return params | {"first": first, "second": jnp.maximum(params["second"], 0)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ class NewtonCG:
 
     Far from the solution of a barely smooth energy (total variation with a small eps) Newton directions are short of
     useful. Where mu and L are known and two candidates in a row were refused, x therefore moves by accelerated
-    gradient steps until the gradient has fallen by ``relief``, and Newton tries again.
+    gradient steps until the gradient has fallen by ``relief``, and Newton tries again; unless L/mu is so large (above
+    some 17000, as the bounds of a learned regulariser may be) that this would take more than ``patience`` steps.
 
     Args:
       max_products: limit of CG steps per Newton step.
@@ -54,7 +56,7 @@ class NewtonCG:
     relief: float = 0.1
 
     memoryless = True  # a start in float32 loses nothing
-    patience = 100  # steps without progress before giving up: after so many halvings nothing will change
+    patience = 300  # steps without progress before giving up, which an accelerated phase may need to show its own
 
     def init(self, view, x0, target) -> NewtonState:
         value, gradient, product = view.linearize(x0)
@@ -94,8 +96,10 @@ class NewtonCG:
         here = trees.where(accelerated, moved, here)
         moving = self._accelerate(view, here, restart=~accelerated)
         far = (accelerated & ~newton) | (~accept & (state.length <= 0.5))
-        # mu = 0 would give the constant momentum 1, which does not converge
-        return trees.where(newton, aimed, trees.where(far & (mu > 0), moving, shorter))
+        # steps of the phase: sqrt(L/mu) for each factor e; mu = 0 would give momentum 1, which does not converge
+        worthwhile = math.log(1 / self.relief) ** 2 * view.constants.smoothness <= self.patience**2 * mu
+        far = far & (mu > 0) & (accelerated | worthwhile)
+        return trees.where(newton, aimed, trees.where(far, moving, shorter))
 
     def _aim(
         self, view, x, value, gradient, product, residual, forcing, target, length, curvature, work

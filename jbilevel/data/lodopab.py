@@ -1,0 +1,152 @@
+"""LoDoPaB-CT: simulated low-dose scans of chests, and their ground truth, in HDF5 files of 128 slices."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .samples import Samples, check_choice, check_limit, checked_root, missing_file, optional_package, paired
+
+_TREE = """\
+  ground_truth_train_000.hdf5 ...   observation_train_000.hdf5 ...   (patient_ids_rand_train.csv)
+and the same for validation and test: the archives, unpacked into one folder."""
+_MAX_VALUES = 10_000_000  # of one slice or its measurement
+_MAX_CHUNK_BYTES = 1_000_000_000
+_FILTERS = {1, 2, 3, 32000}  # deflate, shuffle, checksum, LZF: any other would be looked for as a plug-in
+
+
+class Scan(NamedTuple):
+    """A slice and its measurement.
+
+    Attributes:
+        ground_truth: float32 (362, 362), attenuation over 81.35858 per metre, in [0, 1]: 0.26 m square.
+        observation: float32 (1000, 513), noisy line integrals in metres over the same 81.35858 per metre: a parallel
+            beam of 1000 angles over half a turn, 4096 photons per bin before the patient.
+        patient: number of the patient, -1 where the data set's list is missing.
+        name: of the file, and the number of the slice in it.
+    """
+
+    ground_truth: np.ndarray
+    observation: np.ndarray
+    patient: int
+    name: str
+
+
+def lodopab(root, split: str = "train", *, limit: int | None = None) -> Samples:
+    """Slices of LoDoPaB-CT with the official split, which is by patient. Each is read from disk when it is asked for.
+
+    A part of the files is enough, if each ``ground_truth`` has its ``observation``.
+
+    Args:
+        root: folder of the unpacked ``.hdf5`` files.
+        split: "train" (35,820), "validation" (3,522) or "test" (3,553).
+        limit: the first ``limit`` slices; no more files than needed are opened.
+
+    Returns:
+        Entries of :class:`Scan`.
+
+    Raises:
+        FileNotFoundError: there are no files of this split.
+        ValueError: ``split`` or ``limit`` is unknown or not positive; a file is damaged, refers to other files, or is
+            not of the expected form; ground truth and observations do not match in number.
+        ImportError: h5py is not installed.
+
+    Reference:
+        Leuschner, Schmidt, Otero Baguer, Maass, LoDoPaB-CT, a benchmark dataset for low-dose computed tomography
+        reconstruction, Scientific Data 8, 2021.
+    """
+    check_choice("split", split, ("train", "validation", "test"))
+    check_limit(limit)
+    root = checked_root(root, (), _TREE)
+    truths, observations = (_files(root, kind, split) for kind in ("ground_truth", "observation"))
+    if not truths:
+        raise missing_file(root / f"ground_truth_{split}_000.hdf5", _TREE)
+    keys = []
+    for truth, observation in paired(truths, observations, "ground_truth", "observation"):
+        n, m = _length(truth), _length(observation)
+        if n != m:
+            raise ValueError(f"{truth} has {n} slices, but {observation} has {m}: download both again.")
+        keys += [(truth, observation, int(truth.stem[-3:]) * 128 + k, k) for k in range(n)]
+        if limit is not None and len(keys) >= limit:
+            break
+    patients = _patients(root / f"patient_ids_rand_{split}.csv")
+
+    def read(key):
+        truth, observation, number, k = key
+        patient = -1 if patients is None else _entry(patients, number, root)
+        return Scan(_slice(truth, k), _slice(observation, k), patient, f"{truth.name}[{k}]")
+
+    return Samples(tuple(keys[:limit]), read)
+
+
+def _files(root, kind, split):
+    return {p.stem[-3:]: p for p in root.glob(f"{kind}_{split}_[0-9][0-9][0-9].hdf5")}
+
+
+def _length(path):
+    return _with_data(path, lambda data: data.shape[0])
+
+
+def _slice(path, k):
+    values = _with_data(path, lambda data: data[k])
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"{path} has values that are NaN or infinite in slice {k}.")
+    return np.asarray(values, np.float32)
+
+
+def _with_data(path, use):
+    """``use`` of the array called data in an HDF5 file, once it is known to be what it should be."""
+    h5py = optional_package("h5py", "medical")
+    try:
+        with h5py.File(path, "r") as file:
+            link = file.get("data", getlink=True)
+            if not isinstance(link, h5py.HardLink) or not isinstance(file["data"], h5py.Dataset):
+                raise _Unexpected("has no array called data of its own")
+            data = file["data"]
+            if data.external or data.is_virtual:
+                raise _Unexpected("takes its data from other files")
+            if data.ndim != 3 or data.dtype.kind != "f" or math.prod(data.shape[1:]) not in range(1, _MAX_VALUES + 1):
+                raise _Unexpected(f"has data of shape {data.shape} and dtype {data.dtype}, not a stack of float images")
+            if data.chunks and math.prod(data.chunks) * data.dtype.itemsize > _MAX_CHUNK_BYTES:
+                raise _Unexpected(f"is packed in chunks of shape {data.chunks}, too large to unpack")
+            properties = data.id.get_create_plist()
+            if not {properties.get_filter(i)[0] for i in range(properties.get_nfilters())} <= _FILTERS:
+                raise _Unexpected("is packed in a way that needs a plug-in")
+            if not _complete(data):
+                raise _Unexpected(f"does not hold all of its shape {data.shape}, and HDF5 would fill in zeros")
+            return use(data)
+    except _Unexpected as error:
+        raise ValueError(f"{path} {error}: it is no file of LoDoPaB-CT.") from None
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, truncated or no HDF5 file: {error}") from error
+
+
+def _complete(data):
+    """Whether all values have been written."""
+    if not data.chunks:
+        return data.id.get_storage_size() == data.size * data.dtype.itemsize
+    return data.id.get_num_chunks() == math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
+
+
+class _Unexpected(Exception):
+    """A sound HDF5 file of another form."""
+
+
+def _patients(path):
+    """The first column of the list of patients, by number of the slice; None where there is no list."""
+    if not path.is_file():
+        return None
+    if path.stat().st_size > 10_000_000:
+        raise ValueError(f"{path} is larger than a list of patients.")
+    try:
+        return [int(line.split(",")[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{path} is no list of numbers of patients: {error}") from error
+
+
+def _entry(patients, number, root):
+    if number >= len(patients):
+        raise ValueError(f"the list of patients in {root} has {len(patients)} entries, none for slice {number}.")
+    return patients[number]

@@ -1,0 +1,106 @@
+"""The idx files of MNIST and of sets in its form (Fashion-MNIST, KMNIST)."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .samples import LabelledImages, check_choice, check_limit, missing_file, opened
+
+_FILES = {"train": "train", "test": "t10k"}
+_TREE = """\
+  train-images-idx3-ubyte   train-labels-idx1-ubyte
+  t10k-images-idx3-ubyte    t10k-labels-idx1-ubyte
+as they come, with .gz, or unpacked."""
+
+
+def mnist(root, split: str = "train", *, limit: int | None = None, max_bytes: int = 1_000_000_000) -> LabelledImages:
+    """Handwritten digits, with the official split.
+
+    Args:
+        root: folder of the files ``train-images-idx3-ubyte`` and so on, packed with gzip (``.gz``) or not; where both
+            are there, the one that is not packed is read.
+        split: "train" or "test".
+        limit: read the first ``limit`` images only.
+        max_bytes: refuse files that announce more.
+
+    Returns:
+        Images (n, 28, 28), their labels and the digits as classes.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: ``split`` or ``limit`` is unknown or not positive; a file is damaged, truncated, not an idx file,
+            too large, or images and labels differ in number.
+
+    Reference:
+        LeCun, Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition, Proc. IEEE 86, 1998.
+    """
+    check_choice("split", split, tuple(_FILES))
+    check_limit(limit)
+    stem = Path(root) / _FILES[split]
+    images, n_images = read_idx(_existing(f"{stem}-images-idx3-ubyte"), 3, limit, max_bytes)
+    labels, n_labels = read_idx(_existing(f"{stem}-labels-idx1-ubyte"), 1, limit, max_bytes)
+    if n_images != n_labels:
+        raise ValueError(f"{stem}-images-idx3-ubyte has {n_images} images, but its labels are {n_labels}.")
+    if labels.max() > 9:
+        raise ValueError(f"{stem}-labels-idx1-ubyte has the label {labels.max()}: digits are 0, ..., 9.")
+    return LabelledImages(images / np.float32(255), labels.astype(np.int32), tuple("0123456789"))
+
+
+def read_idx(path, ndim: int, limit: int | None = None, max_bytes: int = 1_000_000_000) -> tuple[np.ndarray, int]:
+    """The array of uint8 in an idx file, and the length of its first axis before ``limit``.
+
+    Of a packed file, no more is unpacked than what the header announces.
+
+    Args:
+        path: of the file, packed if it ends in ``.gz``.
+        ndim: the number of axes that is expected.
+        limit: read the first entries only.
+        max_bytes: refuse a header that announces more than this for what is to be read.
+
+    Raises:
+        ValueError: the file is no idx file of ``ndim`` axes of bytes, is damaged, too short, too long or too large.
+    """
+    path = Path(path)
+    try:
+        with opened(path) as stream:
+            head = stream.read(4 + 4 * ndim)
+            if head[:4] != bytes([0, 0, 8, ndim]) or len(head) != 4 + 4 * ndim:
+                raise ValueError(
+                    f"{path} does not begin like an idx file of bytes with {ndim} axes: it is another file."
+                )
+            shape = tuple(int(n) for n in np.frombuffer(head[4:], ">u4"))
+            total, wanted = shape[0], min(shape[0], limit or shape[0])
+            size = wanted * math.prod(shape[1:])
+            if not size:
+                raise ValueError(f"{path} is empty: its shape is {shape}.")
+            if size > max_bytes:
+                raise ValueError(f"{path} announces the shape {shape}, more than `max_bytes`={max_bytes}: set `limit`.")
+            content = _read_up_to(stream, size)
+            extra = stream.read(1) if wanted == total else b""
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}. Download it again.") from error
+    if len(content) != size or extra:
+        raise ValueError(
+            f"{path} is {'longer' if extra else 'shorter'} than its shape {shape} says: download it again."
+        )
+    return np.frombuffer(content, np.uint8).reshape(wanted, *shape[1:]), total
+
+
+def _read_up_to(stream, size, block=1 << 24):
+    """In blocks, so that memory grows with what is there and not with what the header announces."""
+    parts = []
+    while size and (part := stream.read(min(size, block))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _existing(path):
+    for candidate in (Path(path), Path(f"{path}.gz")):
+        if candidate.is_file():
+            return candidate
+    raise missing_file(path, _TREE)

@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jbilevel.operators import ParallelBeam, dot_test, forward_difference, from_callbacks, from_functions
+from jbilevel.operators import (
+    Blur,
+    DownSample,
+    Gradient,
+    Mask,
+    ParallelBeam,
+    dot_test,
+    forward_difference,
+    from_callbacks,
+    from_functions,
+)
 from jbilevel.operators.fbp import FBP
 
 ANGLES = (0.2, 1.4, 2.8)
+SKEW = ((0.1, 0.7), (-0.4, 0.2), (0.3, -0.1))  # a kernel without any symmetry
 
 
 class Entry(NamedTuple):
@@ -65,6 +76,16 @@ def host(**options):
 OPERATORS = {
     "forward difference, axis 0": Entry(lambda: vertical_difference, (5, 4)),
     "forward difference, axis 1": Entry(lambda: horizontal_difference, (5, 4)),
+    "gradient": Entry(lambda: Gradient((5, 4)), (5, 4)),
+    "gradient, periodic, some axes": Entry(lambda: Gradient((5, 4, 2), "periodic", (-2, 0)), (5, 4, 2)),
+    "blur, periodic": Entry(lambda: Blur((5, 4), SKEW), (5, 4)),
+    "blur, symmetric": Entry(lambda: Blur((5, 4), SKEW, "symmetric"), (5, 4)),
+    "blur, zero": Entry(lambda: Blur((5, 4), np.abs(SKEW), "zero"), (5, 4)),
+    "blur, valid": Entry(lambda: Blur((5, 4), SKEW, "valid"), (5, 4)),
+    "mask": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]]), (2, 3)),
+    "mask, complex": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]], "complex"), (2, 3)),
+    "down-sampling, average": Entry(lambda: DownSample((4, 6), 2), (4, 6)),
+    "down-sampling, subsampling": Entry(lambda: DownSample((4, 6), 2, "subsampling"), (4, 6)),
     "function": Entry(cumsum, (5, 4)),
     "complex function": Entry(lambda: from_functions(unitary_fft, None, (5, 4), (5, 4), in_kind="complex"), (5, 4)),
     "real to complex": Entry(

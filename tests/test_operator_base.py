@@ -152,6 +152,26 @@ def test_a_host_function_that_returns_another_shape():
 
 
 @pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda x: x * 1j, "returned complex.*`out_kind`"),
+        (lambda x: np.array(["a"] * 4), "returned <U1"),
+        (lambda x: np.where(x > 1, np.nan, x), "NaN or infinity for a sample that is finite"),
+    ],
+)
+def test_a_host_function_that_returns_something_else(function, words):
+    A = from_callbacks(function, function, (4,), (4,))
+    with pytest.raises(Exception, match=words):
+        jax.block_until_ready(A(jnp.arange(4.0)))
+
+
+def test_a_bad_sample_passes_through_a_callback():
+    A = from_callbacks(lambda x: 2 * x, lambda y: 2 * y, (2,), (2,))
+    out = A(jnp.array([[1.0, jnp.nan], [3.0, 4.0]]))
+    np.testing.assert_array_equal(out, [[2.0, np.nan], [6.0, 8.0]])
+
+
+@pytest.mark.parametrize(
     "call, error, words",
     [
         (lambda: A(jnp.ones(3)), ValueError, r"shape \(4,\)"),

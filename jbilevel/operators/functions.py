@@ -101,7 +101,10 @@ def from_callbacks(
         kinds). Input is converted to it and the result back to the dtype of the input.
       batched: the functions take (n, *in_shape) and (n, *out_shape) at once, instead of one sample at a time.
       in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
-      exact_adjoint: say False if ``transpose`` is not the exact transpose; `dot_test` measures it.
+      exact_adjoint: say False if ``transpose`` is not the exact transpose; `adjoint_mismatch` measures it.
+
+    A host function that returns another shape, a kind that was not declared, or NaN for a finite sample raises from the
+    callback, as an error of the JAX runtime whose last line says what was wrong.
 
     >>> import jax, jax.numpy as jnp, numpy as np
     >>> A = from_callbacks(lambda x: np.cumsum(x), lambda y: np.cumsum(y[::-1])[::-1], (3,), (3,))
@@ -157,7 +160,13 @@ def _on_host(function, takes_batch, shape, out_shape, dtype, x):
     out = np.asarray(function(samples) if takes_batch else [function(sample) for sample in samples])
     if out.shape != (len(samples), *out_shape):
         raise ValueError(f"a host function returned shape {out.shape[1:]} for one sample, declared is {out_shape}.")
-    return out.reshape(*lead, *out_shape).astype(dtype, copy=False)
+    if not np.can_cast(out.dtype, dtype, "same_kind"):
+        raise TypeError(f"a host function returned {out.dtype}, which is not {dtype.name}: say so by `out_kind`.")
+    out = out.astype(dtype, copy=False)
+    for sample, image in zip(samples, out, strict=True):  # NaN passes through, so that a bad sample gets its status
+        if not np.all(np.isfinite(image)) and np.all(np.isfinite(sample)):
+            raise FloatingPointError("a host function returned NaN or infinity for a sample that is finite.")
+    return out.reshape(*lead, *out_shape)
 
 
 def _kinds(in_kind, out_kind):

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jbilevel.operators import (
+    Astra,
     Blur,
     DownSample,
     Gradient,
@@ -64,6 +65,11 @@ def parallel():
     return ParallelBeam((3, 2), ANGLES, 4)
 
 
+def astra():
+    pytest.importorskip("astra")
+    return Astra((3, 2), ANGLES, 4, device="cpu")
+
+
 def cumsum():
     return from_functions(double_cumsum, None, (5, 4), (5, 4))
 
@@ -97,6 +103,7 @@ OPERATORS = {
     "transpose": Entry(lambda: parallel().T, (3, 4)),
     "batched": Entry(lambda: cumsum().batched(2), (2, 5, 4)),
     "parallel beam": Entry(parallel, (3, 2)),
+    "astra": Entry(astra, (3, 2), 1e-6),
     "parallel beam, subset": Entry(lambda: parallel().subset(1, 2), (3, 2)),
     "filtered backprojection": Entry(lambda: FBP(parallel(), "hann"), (3, 4)),
 }

@@ -1,5 +1,6 @@
 """Linear operators with exact transposes under every JAX transformation."""
 
+from jbilevel.operators.astra import Astra as Astra
 from jbilevel.operators.base import LinearOperator as LinearOperator
 from jbilevel.operators.base import stack as stack
 from jbilevel.operators.blur import Blur as Blur
@@ -11,6 +12,8 @@ from jbilevel.operators.functions import from_callbacks as from_callbacks
 from jbilevel.operators.functions import from_functions as from_functions
 from jbilevel.operators.mask import DownSample as DownSample
 from jbilevel.operators.mask import Mask as Mask
+from jbilevel.operators.mismatch import adjoint_mismatch as adjoint_mismatch
 from jbilevel.operators.norms import DotTest as DotTest
 from jbilevel.operators.norms import dot_test as dot_test
+from jbilevel.operators.tomosipo import from_tomosipo as from_tomosipo
 from jbilevel.operators.xray import ParallelBeam as ParallelBeam

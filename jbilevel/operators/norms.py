@@ -12,7 +12,7 @@ from jbilevel import trees
 from jbilevel.operators import linear
 
 
-def lanczos(A, tol: float, max_steps: int = 300) -> float:
+def lanczos(A, tol: float, max_steps: int = 300, key=None) -> float:
     """sqrt(t + r) for the largest Ritz value t of A^H A and its residual r <= tol t (Golub & Kahan 1965)."""
 
     @jax.jit
@@ -23,7 +23,7 @@ def lanczos(A, tol: float, max_steps: int = 300) -> float:
         return w, alpha, jnp.sqrt(_dot(w, w))
 
     with jax.ensure_compile_time_eval():  # a number also when a solver asks inside jit
-        v = random_like(_domain(A), jax.random.key(0))
+        v = random_like(_domain(A), jax.random.key(0) if key is None else key)
         v = jax.tree.map(lambda u: u / jnp.sqrt(_dot(v, v)), v)
         before, beta, diagonal, side = trees.zeros_like(v), 0.0, [], []
         for _ in range(max_steps):

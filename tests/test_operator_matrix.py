@@ -16,6 +16,8 @@ from jbilevel.operators import (
     Gradient,
     Mask,
     ParallelBeam,
+    UndersampledFourier,
+    Wavelet,
     dot_test,
     forward_difference,
     from_callbacks,
@@ -24,6 +26,8 @@ from jbilevel.operators import (
 from jbilevel.operators.fbp import FBP
 
 ANGLES = (0.2, 1.4, 2.8)
+KEPT = ((1, 0, 0), (1, 0, 1), (0, 0, 0), (0, 0, 1))
+COILS = np.exp(0.1j * np.arange(24)).reshape(2, 4, 3) * np.arange(1.0, 25).reshape(2, 4, 3) / 9
 SKEW = ((0.1, 0.7), (-0.4, 0.2), (0.3, -0.1))  # a kernel without any symmetry
 
 
@@ -92,6 +96,9 @@ OPERATORS = {
     "mask, complex": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]], "complex"), (2, 3)),
     "down-sampling, average": Entry(lambda: DownSample((4, 6), 2), (4, 6)),
     "down-sampling, subsampling": Entry(lambda: DownSample((4, 6), 2, "subsampling"), (4, 6)),
+    "fourier, real image": Entry(lambda: UndersampledFourier((4, 3), KEPT), (4, 3)),
+    "fourier, coils": Entry(lambda: UndersampledFourier((4, 3), np.ones((4, 3)), COILS, "complex"), (4, 3)),
+    "wavelet": Entry(lambda: Wavelet((4, 8), "db3", 2), (4, 8)),
     "function": Entry(cumsum, (5, 4)),
     "complex function": Entry(lambda: from_functions(unitary_fft, None, (5, 4), (5, 4), in_kind="complex"), (5, 4)),
     "real to complex": Entry(

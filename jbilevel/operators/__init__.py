@@ -8,6 +8,8 @@ from jbilevel.operators.blur import gaussian_blur as gaussian_blur
 from jbilevel.operators.differences import Gradient as Gradient
 from jbilevel.operators.differences import forward_difference as forward_difference
 from jbilevel.operators.fan import FanBeam as FanBeam
+from jbilevel.operators.fourier import UndersampledFourier as UndersampledFourier
+from jbilevel.operators.fourier import cartesian_mask as cartesian_mask
 from jbilevel.operators.functions import from_callbacks as from_callbacks
 from jbilevel.operators.functions import from_functions as from_functions
 from jbilevel.operators.mask import DownSample as DownSample
@@ -16,4 +18,5 @@ from jbilevel.operators.mismatch import adjoint_mismatch as adjoint_mismatch
 from jbilevel.operators.norms import DotTest as DotTest
 from jbilevel.operators.norms import dot_test as dot_test
 from jbilevel.operators.tomosipo import from_tomosipo as from_tomosipo
+from jbilevel.operators.wavelets import Wavelet as Wavelet
 from jbilevel.operators.xray import ParallelBeam as ParallelBeam

@@ -101,9 +101,7 @@ class FanBeam(XRay):
     detector_offset: float = 0.0
 
     def __post_init__(self):
-        check_plane(
-            self, ("source_origin", "pixel_size", "detector_size"), ("origin_detector", "detector_offset")
-        )
+        check_plane(self, ("source_origin", "pixel_size", "detector_size"), ("origin_detector", "detector_offset"))
         radius = 0.5 * self.pixel_size * math.hypot(*self.in_shape) + self.pixel_size
         if self.source_origin <= radius:
             raise ValueError(

@@ -122,7 +122,7 @@ def project(rays, bins: int, image, view, weight, *, block: int):
 def backproject(rays, shape, taps: int, y, view, weight, *, block: int):
     """The transpose of `project`: (views, bins, ...) to (rows, columns, ...)."""
     views, bins, *batch = y.shape
-    block = min(block, views)
+    block = min(max(1, 2 * block // taps), views)
     lines = _pad(y * _expand(weight, batch), {0: (0, -views % block), 1: (taps, taps)})
     lines = lines.reshape(-1, block, bins + 2 * taps, *batch)
     view = jax.tree.map(lambda v: _repeat_last(v, -views % block).reshape(-1, block), view)

@@ -121,7 +121,8 @@ class Subset(LinearOperator):
         return -(-len(self.operator.angles) // self.m), self.operator.n_detectors
 
     def map(self, x, transpose, bind):
-        groups = jax.tree.map(lambda v: jnp.asarray(v)[self.i], self.operator._subsets(self.m))
+        known = isinstance(self.i, numbers.Integral)
+        groups = jax.tree.map(lambda v: (v if known else jnp.asarray(v))[self.i], self.operator._subsets(self.m))
         return bind(self.operator._kernel, x, *groups, transpose=transpose)
 
     def restrict(self, y):

@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jbilevel.operators import ParallelBeam, dot_test, forward_difference, from_callbacks, from_functions
+from jbilevel.operators import (
+    ConeBeam,
+    FanBeam,
+    ParallelBeam,
+    ParallelBeam3D,
+    dot_test,
+    forward_difference,
+    from_callbacks,
+    from_functions,
+)
+from jbilevel.operators.cone import FDK
 from jbilevel.operators.fbp import FBP
 
 ANGLES = (0.2, 1.4, 2.8)
+TURN = (0.0, 1.5, 3.0, 4.5)
 
 
 class Entry(NamedTuple):
@@ -79,7 +90,18 @@ OPERATORS = {
     "parallel beam, subset": Entry(lambda: parallel().subset(1, 2), (3, 2)),
     "filtered backprojection": Entry(lambda: FBP(parallel(), "hann"), (3, 4)),
 }
-every_entry = pytest.mark.parametrize("entry", OPERATORS.values(), ids=OPERATORS)
+# the same primitive with larger kernels, which take long to compile: left to the slow tests
+SLOW = {
+    "fan beam": Entry(lambda: FanBeam((3, 2), ANGLES, 4, 6.0, 2.0, 1.0, 1.6), (3, 2)),
+    "parallel beam 3D": Entry(lambda: ParallelBeam3D((2, 3, 2), ANGLES[:2], (3, 4)), (2, 3, 2)),
+    "cone beam": Entry(lambda: ConeBeam((2, 3, 2), ANGLES[:2], (3, 4), 6.0, 2.0, 1.0, 1.6), (2, 3, 2)),
+    "cone beam reconstruction": Entry(lambda: FDK(ConeBeam((2, 3, 2), TURN, (2, 3), 6.0, 2.0, 1.0, 2.0)), (2, 4, 3)),
+}
+every_entry = pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, id=name) for name, entry in OPERATORS.items()]
+    + [pytest.param(entry, id=name, marks=pytest.mark.slow) for name, entry in SLOW.items()],
+)
 
 
 def draw(shape, dtype=jnp.float64, seed=0):

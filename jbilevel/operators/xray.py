@@ -31,17 +31,24 @@ class XRay(LinearOperator):
     norm_is_bound = True
 
     @property
-    def out_shape(self) -> tuple[int, int]:
-        return len(self.angles), self.n_detectors
+    def out_shape(self) -> tuple[int, ...]:
+        return self._measured(len(self.angles))
 
     def map(self, x, transpose, bind):
-        groups = jax.tree.map(lambda v: v[0], self._subsets(1))
+        return self._apply(x, jax.tree.map(lambda v: v[0], self._subsets(1)), transpose, bind)
+
+    def _measured(self, views: int) -> tuple[int, ...]:
+        """Shape of a measurement with this number of views."""
+        return views, self.n_detectors
+
+    def _apply(self, x, groups, transpose, bind):
+        """The transform of the views in ``groups``."""
         return bind(self._kernel, x, *groups, transpose=transpose)
 
     def subset(self, i, m: int) -> Subset:
         """The operator of the angles i, i + m, i + 2 m, ...; ``i`` may be traced, for example by ``lax.scan``.
 
-        All m subsets have the shape (ceil(angles / m), n_detectors); where a subset is shorter, its last row is zero.
+        All m subsets have ceil(angles / m) views; where a subset is shorter, its last view is zero.
         The sum of A_i^T A_i over i is A^T A. ``subset.restrict(y)`` picks the rows of a measurement.
 
         Raises:
@@ -118,16 +125,16 @@ class Subset(LinearOperator):
 
     @property
     def out_shape(self):
-        return -(-len(self.operator.angles) // self.m), self.operator.n_detectors
+        return self.operator._measured(-(-len(self.operator.angles) // self.m))
 
     def map(self, x, transpose, bind):
         known = isinstance(self.i, numbers.Integral)
         groups = jax.tree.map(lambda v: (v if known else jnp.asarray(v))[self.i], self.operator._subsets(self.m))
-        return bind(self.operator._kernel, x, *groups, transpose=transpose)
+        return self.operator._apply(x, groups, transpose, bind)
 
     def restrict(self, y):
         """The rows of a measurement y (..., angles, detectors) that belong to this subset, 0 where it is shorter."""
-        count, rows = len(self.operator.angles), self.out_shape[0]
+        count, rows = len(self.operator.angles), self.out_shape[-2]
         index = self.i + self.m * jnp.arange(rows)
         picked = jnp.moveaxis(jnp.take(y, index, axis=-2, mode="clip"), -2, -1)
         return jnp.moveaxis(jnp.where(jnp.broadcast_to(index < count, picked.shape), picked, 0), -1, -2)
@@ -235,15 +242,19 @@ class ParallelBeam(XRay):
         return Reconstruction(rays, view, np.ones((1, 1)), spacings(self.angles, math.pi), self.detector_size)
 
 
-def check_plane(A, positive, finite) -> None:
+def check_plane(A, positive, finite, axes: str = "(H, W)", panel: int = 1) -> None:
     """Brings the fields of an X-ray transform into their types and refuses what cannot be meant."""
     put = lambda name, value: object.__setattr__(A, name, value)  # noqa: E731
+    dimension = axes.count(",") + 1
     shape = shape_of(A.in_shape, "shape")
-    put("in_shape", shape * 2 if len(shape) == 1 else shape)
-    if len(A.in_shape) != 2:
-        raise ValueError(f"`shape` must be (H, W), got {shape}.")
+    put("in_shape", shape * dimension if len(shape) == 1 else shape)
+    if len(A.in_shape) != dimension:
+        raise ValueError(f"`shape` must be {axes}, got {shape}.")
     put("angles", angles_of(A.angles))
-    put("n_detectors", shape_of(A.n_detectors, "n_detectors")[0])
+    bins = shape_of(A.n_detectors, "n_detectors")
+    if len(bins) != panel:
+        raise ValueError(f"`n_detectors` must be {'(rows, columns)' if panel == 2 else 'one integer'}, got {bins}.")
+    put("n_detectors", bins if panel == 2 else bins[0])
     for name in (*positive, *finite):
         value = float(getattr(A, name))
         if not math.isfinite(value) or (name in positive and value <= 0):

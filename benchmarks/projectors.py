@@ -109,26 +109,26 @@ def measure(recorder: common.Recorder, case: Case, methods: dict[str, Callable],
             exact = made[REFERENCE].figures["output"]
             figures["times_faster"] = common.times_faster(spreads[name], than=spreads[REFERENCE])
             figures["distance"] = float(np.linalg.norm(method.figures["output"] - exact) / np.linalg.norm(exact))
-        figures["sinogram_bytes"] = 4 * case.batch * case.angles * case.bins
+        figures["data_bytes"] = 4 * case.batch * (case.angles * case.bins + case.size**2)
         recorder.add({"method": name, **case._asdict()}, figures)
 
 
 def render(rows: Sequence[dict]) -> str:
-    header = ["case", "method", "ms", "quartiles", "times ASTRA CPU", "temporary memory", "in sinograms", "distance"]
+    header = ["case", "method", "ms", "quartiles", "times ASTRA CPU", "temporary memory", "share", "distance"]
     lines = []
     for row in rows:
         case, figures = row["case"], row["figures"]
         memory = figures.get("temp_bytes")
-        size, sinogram = 1e-6 * common.number(memory), common.number(memory) / figures["sinogram_bytes"]
+        size, share = 1e-6 * common.number(memory), common.number(memory) / figures["data_bytes"]
         lines.append([
             f"{case['direction']} {case['size']}² × {case['angles']}, batch {case['batch']}", case["method"],
             common.rounded(figures["ms"]), f"{common.rounded(figures['ms_q1'])}–{common.rounded(figures['ms_q3'])}",
             common.rounded(figures.get("times_faster"), 2), f"{common.rounded(size, 2)} MB" if memory else "–",
-            common.rounded(sinogram, 2), common.scientific(figures.get("distance")),
+            common.rounded(share, 2), common.scientific(figures.get("distance")),
         ])  # fmt: skip
     note = (
-        "Milliseconds per call, which is the whole batch; temporary memory as XLA reports it, also in sinograms of the "
-        "batch; distance of the result to ASTRA's, relative, in float32.\n"
+        "Milliseconds per call, which is the whole batch; temporary memory as XLA reports it, also as a multiple "
+        "of images and sinograms together; distance of the result to ASTRA's, relative, in float32.\n"
     )
     return "\n".join([common.table(header, lines), note])
 

@@ -185,7 +185,7 @@ def backproject(hats, shape, taps, y, view):
         first = (own + (middle + 1 - taps[0] / 2)).astype(jnp.int32)
         for column in (first + tap for tap in range(taps[0])):
             k = column.astype(dtype) - middle
-            across, per_voxel, width_in_rows = hats.column(place, k, own, i, j)
+            across, per_voxel, width_in_rows = hats.column(place, k, k - own, i, j)
             shadow = per_voxel[..., None] * z
             lowest = (shadow + (centre + 1 - taps[1] / 2)).astype(jnp.int32)
             start = jnp.clip(column, 0, width - 1)[..., None] * height
@@ -209,13 +209,13 @@ class JosephHats:
     def bin(self, view, i, j):
         return FanRays().bin(view, i, j)
 
-    def column(self, view, k, bin, i, j):
+    def column(self, view, k, ahead, i, j):
         """Share of column k, rows of the panel per voxel of height, and the half width of the vertical hat in rows."""
         down, ahead = FanRays.towards(view, k)[0], i - view.source_row
         # rays of this group have come a long way down when they pass a voxel; the floor keeps the others finite
         ahead = jnp.where(jnp.abs(ahead) < 1e-3, 1e-3, ahead)
         per_voxel = down / (ahead * self.row_size)
-        return FanRays().share(view, k, bin, i, j), per_voxel, per_voxel
+        return FanRays().share(view, k, ahead, i, j), per_voxel, per_voxel
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,10 @@ class _Bilinear:
     def bin(self, view, i, j):
         return FanRays().bin(view, i, j)
 
-    def column(self, view, k, bin, i, j):
+    def column(self, view, k, ahead, i, j):
         panel = view.middle_row * view.step_column - view.middle_column * view.step_row
         per_voxel = panel / (depth(view, i - view.source_row, j - view.source_column) * self.row_size)
-        return FanInterpolation().share(view, k, bin, i, j), per_voxel, jnp.ones_like(per_voxel)
+        return FanInterpolation().share(view, k, ahead, i, j), per_voxel, jnp.ones_like(per_voxel)
 
 
 def _climb(view, panel, row_size: float, dtype):

@@ -38,7 +38,7 @@ class FanRays:
         down, across = i - view.source_row, j - view.source_column
         return (across * view.middle_row - down * view.middle_column) / depth(view, down, across)
 
-    def share(self, view, k, bin, i, j):
+    def share(self, view, k, ahead, i, j):
         return joseph.hat((view.source_column - j) + self._slope(view, k) * (i - view.source_row))
 
     @staticmethod
@@ -68,9 +68,9 @@ class FanInterpolation:
     def bin(self, view, i, j):
         return FanRays().bin(view, i, j)
 
-    def share(self, view, k, bin, i, j):
+    def share(self, view, k, ahead, i, j):
         centre = depth(view, -view.source_row, -view.source_column)
-        return joseph.hat(k - bin) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
+        return joseph.hat(ahead) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,16 @@ PAD = 2  # zeros on both sides of a row: XLA clamps indices outside the row onto
 class Rays(Protocol):
     """A static, hashable fan of rays, with ``view`` a pytree of the numbers that place it in one view."""
 
-    def ray(self, view, k):
+    def ray(self, view, k) -> Any:
         """(offset, slope) of ray k."""
         ...
 
-    def bin(self, view, i, j):
+    def bin(self, view, i, j) -> Any:
         """The (fractional) bin that sees the point (i, j)."""
         ...
 
-    def share(self, view, k, bin, i, j):
-        """hat(c(i) - j) for ray k and the point (i, j), which ``bin`` sees."""
+    def share(self, view, k, ahead, i, j) -> Any:
+        """hat(c(i) - j) for ray k and the point (i, j), whose own bin is k - ahead."""
         ...
 
 
@@ -135,8 +135,10 @@ def backproject(rays, shape, taps: int, y, view, weight, *, block: int):
             # the bins within taps/2 of the pixel's own: the window's start is positive wherever it meets the detector
             own = rays.bin(place, i, j)
             start = (own + (middle + 1 - taps / 2)).astype(jnp.int32)
+            first = start.astype(y.dtype) - middle
+            ahead = first - own
             for tap in range(taps):
-                share = rays.share(place, start.astype(y.dtype) + (tap - middle), own, i, j)
+                share = rays.share(place, first + tap, ahead + tap, i, j)
                 total = total + expand(share, batch) * take(line, start + tap)
         return total, None
 

@@ -54,9 +54,9 @@ class XRay(LinearOperator):
         Raises:
           ValueError: m is not between 1 and the number of angles, or i is a number outside 0, ..., m - 1.
         """
-        if not isinstance(m, numbers.Integral) or not 1 <= m <= len(self.angles):
+        if not isinstance(m, numbers.Integral) or not 1 <= int(m) <= len(self.angles):
             raise ValueError(f"`m` must be an integer between 1 and the number of angles {len(self.angles)}, got {m}.")
-        if isinstance(i, numbers.Integral) and not 0 <= i < m:
+        if isinstance(i, numbers.Integral) and not 0 <= int(i) < int(m):
             raise ValueError(f"`i` must lie in 0, ..., m - 1 = {m - 1}, got {i}.")
         return Subset(self, i, int(m))
 
@@ -73,7 +73,7 @@ class XRay(LinearOperator):
         """Filtered backprojection of a sinogram, see `FBP`: the image whose line integrals y are, up to resolution."""
         return FBP(self, filter)(y)
 
-    def _views(self, transposed: bool):
+    def _views(self, transposed: bool) -> tuple[Any, np.ndarray]:
         raise NotImplementedError
 
     def _reconstruction(self) -> Reconstruction:
@@ -85,7 +85,7 @@ class XRay(LinearOperator):
 
     def _subsets(self, m: int) -> tuple[Group, Group]:
         """The two groups of all m subsets: the leading axis counts the subsets."""
-        return tuple(_subset_tables(*self._views(transposed), m) for transposed in (False, True))
+        return _subset_tables(*self._views(False), m), _subset_tables(*self._views(True), m)
 
 
 def _subset_tables(view, weight, m: int) -> Group:
@@ -142,8 +142,8 @@ class Subset(LinearOperator):
     def norm(self, tol: float = 1e-3) -> float:
         """As for the whole operator; for a traced i, the bound of the whole operator, which holds for each subset."""
         check_tolerance(tol)
-        traced = isinstance(self.i, jax.core.Tracer)
-        return self.operator.norm(tol) if traced else norms.nonnegative(self, tol)
+        known = isinstance(self.i, numbers.Integral)
+        return norms.nonnegative(self, tol) if known else self.operator.norm(tol)
 
 
 # ------------------------------------------------------------------------------------------------------- parallel beam
@@ -168,8 +168,8 @@ class _ParallelRays:
     def bin(self, view, i, j):
         return (view.origin + view.down * i) + view.across * j
 
-    def share(self, view, k, bin, i, j):
-        return hat(view.spacing * (k - bin))
+    def share(self, view, k, ahead, i, j):
+        return hat(view.spacing * ahead)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class ParallelBeam(XRay):
     >>> import jax.numpy as jnp
     >>> A = ParallelBeam((4, 4), angles=[0.0, 1.5707963], n_detectors=4, pixel_size=0.5)
     >>> A.out_shape, A(jnp.ones((4, 4)))[0].tolist()
-    ((2, 4), [0.5, 2.0, 2.0, 0.5])
+    ((2, 4), [0.0, 2.0, 2.0, 0.0])
     """
 
     in_shape: tuple[int, int]

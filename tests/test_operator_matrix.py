@@ -12,10 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 from jbilevel.operators import (
     Astra,
     Blur,
+    ConeBeam,
     DownSample,
+    FanBeam,
     Gradient,
     Mask,
     ParallelBeam,
+    ParallelBeam3D,
     UndersampledFourier,
     Wavelet,
     dot_test,
@@ -23,12 +26,14 @@ from jbilevel.operators import (
     from_callbacks,
     from_functions,
 )
+from jbilevel.operators.cone import FDK
 from jbilevel.operators.fbp import FBP
 
 ANGLES = (0.2, 1.4, 2.8)
 KEPT = ((1, 0, 0), (1, 0, 1), (0, 0, 0), (0, 0, 1))
 COILS = np.exp(0.1j * np.arange(24)).reshape(2, 4, 3) * np.arange(1.0, 25).reshape(2, 4, 3) / 9
 SKEW = ((0.1, 0.7), (-0.4, 0.2), (0.3, -0.1))  # a kernel without any symmetry
+TURN = (0.0, 1.5, 3.0, 4.5)
 
 
 class Entry(NamedTuple):
@@ -86,16 +91,11 @@ def host(**options):
 OPERATORS = {
     "forward difference, axis 0": Entry(lambda: vertical_difference, (5, 4)),
     "forward difference, axis 1": Entry(lambda: horizontal_difference, (5, 4)),
-    "gradient": Entry(lambda: Gradient((5, 4)), (5, 4)),
     "gradient, periodic, some axes": Entry(lambda: Gradient((5, 4, 2), "periodic", (-2, 0)), (5, 4, 2)),
     "blur, periodic": Entry(lambda: Blur((5, 4), SKEW), (5, 4)),
     "blur, symmetric": Entry(lambda: Blur((5, 4), SKEW, "symmetric"), (5, 4)),
-    "blur, zero": Entry(lambda: Blur((5, 4), np.abs(SKEW), "zero"), (5, 4)),
-    "blur, valid": Entry(lambda: Blur((5, 4), SKEW, "valid"), (5, 4)),
     "mask": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]]), (2, 3)),
-    "mask, complex": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]], "complex"), (2, 3)),
     "down-sampling, average": Entry(lambda: DownSample((4, 6), 2), (4, 6)),
-    "down-sampling, subsampling": Entry(lambda: DownSample((4, 6), 2, "subsampling"), (4, 6)),
     "fourier, real image": Entry(lambda: UndersampledFourier((4, 3), KEPT), (4, 3)),
     "fourier, coils": Entry(lambda: UndersampledFourier((4, 3), np.ones((4, 3)), COILS, "complex"), (4, 3)),
     "wavelet": Entry(lambda: Wavelet((4, 8), "db3", 2), (4, 8)),
@@ -114,7 +114,23 @@ OPERATORS = {
     "parallel beam, subset": Entry(lambda: parallel().subset(1, 2), (3, 2)),
     "filtered backprojection": Entry(lambda: FBP(parallel(), "hann"), (3, 4)),
 }
-every_entry = pytest.mark.parametrize("entry", OPERATORS.values(), ids=OPERATORS)
+# kernels that take long to compile, and variants of what is above: left to the slow tests
+SLOW = {
+    "gradient": Entry(lambda: Gradient((5, 4)), (5, 4)),
+    "blur, zero": Entry(lambda: Blur((5, 4), np.abs(SKEW), "zero"), (5, 4)),
+    "blur, valid": Entry(lambda: Blur((5, 4), SKEW, "valid"), (5, 4)),
+    "mask, complex": Entry(lambda: Mask([[1, 0, 1], [0, 1, 1]], "complex"), (2, 3)),
+    "down-sampling, subsampling": Entry(lambda: DownSample((4, 6), 2, "subsampling"), (4, 6)),
+    "fan beam": Entry(lambda: FanBeam((3, 2), ANGLES, 4, 6.0, 2.0, 1.0, 1.6), (3, 2)),
+    "parallel beam 3D": Entry(lambda: ParallelBeam3D((2, 3, 2), ANGLES[:2], (3, 4)), (2, 3, 2)),
+    "cone beam": Entry(lambda: ConeBeam((2, 3, 2), ANGLES[:2], (3, 4), 6.0, 2.0, 1.0, 1.6), (2, 3, 2)),
+    "cone beam reconstruction": Entry(lambda: FDK(ConeBeam((2, 3, 2), TURN, (2, 3), 6.0, 2.0, 1.0, 2.0)), (2, 4, 3)),
+}
+every_entry = pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, id=name) for name, entry in OPERATORS.items()]
+    + [pytest.param(entry, id=name, marks=pytest.mark.slow) for name, entry in SLOW.items()],
+)
 
 
 def draw(shape, dtype=jnp.float64, seed=0):

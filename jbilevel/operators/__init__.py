@@ -5,6 +5,7 @@ from jbilevel.operators.base import LinearOperator as LinearOperator
 from jbilevel.operators.base import stack as stack
 from jbilevel.operators.blur import Blur as Blur
 from jbilevel.operators.blur import gaussian_blur as gaussian_blur
+from jbilevel.operators.cone import ConeBeam as ConeBeam
 from jbilevel.operators.differences import Gradient as Gradient
 from jbilevel.operators.differences import forward_difference as forward_difference
 from jbilevel.operators.fan import FanBeam as FanBeam
@@ -18,5 +19,6 @@ from jbilevel.operators.mismatch import adjoint_mismatch as adjoint_mismatch
 from jbilevel.operators.norms import DotTest as DotTest
 from jbilevel.operators.norms import dot_test as dot_test
 from jbilevel.operators.tomosipo import from_tomosipo as from_tomosipo
+from jbilevel.operators.volume import ParallelBeam3D as ParallelBeam3D
 from jbilevel.operators.wavelets import Wavelet as Wavelet
 from jbilevel.operators.xray import ParallelBeam as ParallelBeam

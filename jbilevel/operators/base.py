@@ -41,10 +41,10 @@ class LinearOperator:
 
     in_shape: Any
     out_shape: Any
-    in_kind: str = "real"
-    out_kind: str = "real"
-    exact_adjoint: bool = True
-    norm_is_bound: bool = False
+    in_kind: Any = "real"  # Any, since combinations derive these in properties
+    out_kind: Any = "real"
+    exact_adjoint: Any = True
+    norm_is_bound: Any = False
     __array_ufunc__ = None  # numpy scalars leave `scalar * A` to us
 
     def forward(self, x):
@@ -144,7 +144,7 @@ def as_kind(x, kind: str):
 def shape_of(value, name: str) -> tuple[int, ...]:
     """A shape given as an integer or a sequence of integers, as a tuple."""
     values = (value,) if isinstance(value, numbers.Integral) else tuple(value)
-    if not all(isinstance(n, numbers.Integral) and n > 0 for n in values):
+    if not all(isinstance(n, numbers.Integral) and int(n) > 0 for n in values):
         raise ValueError(f"`{name}` must be a tuple of positive integers, got {value!r}.")
     return tuple(int(n) for n in values)
 

@@ -29,7 +29,7 @@ class _FanView(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _FanRays:
+class FanRays:
     def ray(self, view, k):
         slope = self._slope(view, k)
         return view.source_column - slope * view.source_row, slope
@@ -38,15 +38,22 @@ class _FanRays:
         down, across = i - view.source_row, j - view.source_column
         return (across * view.middle_row - down * view.middle_column) / depth(view, down, across)
 
-    def share(self, view, k, bin, i, j):
+    def share(self, view, k, ahead, i, j):
         return joseph.hat((view.source_column - j) + self._slope(view, k) * (i - view.source_row))
 
     @staticmethod
     def _slope(view, k):
-        """Columns per row. Rays close to a row belong to the other group; the floor keeps them finite."""
+        """Columns per row."""
+        down, across = FanRays.towards(view, k)
+        return across / down
+
+    @staticmethod
+    def towards(view, k):
+        """Rows and columns from the source to bin k. Rays close to a row belong to the other group: a floor keeps
+        their slope finite."""
         down, across = view.middle_row + k * view.step_row, view.middle_column + k * view.step_column
         floor = 1e-3 * jnp.abs(across)
-        return across / jnp.where(jnp.abs(down) < floor, floor, down)
+        return jnp.where(jnp.abs(down) < floor, floor, down), across
 
 
 def depth(view, down, across):
@@ -55,15 +62,15 @@ def depth(view, down, across):
 
 
 @dataclass(frozen=True)
-class _FanInterpolation:
+class FanInterpolation:
     """Interpolated values with the weight (source distance / depth)^2 of a flat detector."""
 
     def bin(self, view, i, j):
-        return _FanRays().bin(view, i, j)
+        return FanRays().bin(view, i, j)
 
-    def share(self, view, k, bin, i, j):
+    def share(self, view, k, ahead, i, j):
         centre = depth(view, -view.source_row, -view.source_column)
-        return joseph.hat(k - bin) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
+        return joseph.hat(ahead) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,7 @@ class FanBeam(XRay):
     detector_offset: float = 0.0
 
     def __post_init__(self):
-        check_plane(
-            self, ("source_origin", "pixel_size", "detector_size"), ("origin_detector", "detector_offset")
-        )
+        check_plane(self, ("source_origin", "pixel_size", "detector_size"), ("origin_detector", "detector_offset"))
         radius = 0.5 * self.pixel_size * math.hypot(*self.in_shape) + self.pixel_size
         if self.source_origin <= radius:
             raise ValueError(
@@ -129,7 +134,7 @@ class FanBeam(XRay):
     @cached_property
     def _kernel(self):
         reach = max(self._bins_per_column(transposed) for transposed in (False, True))
-        return Joseph(_FanRays(), self.in_shape, self.n_detectors, max(2, math.ceil(2 * reach - 1e-9)))
+        return Joseph(FanRays(), self.in_shape, self.n_detectors, max(2, math.ceil(2 * reach - 1e-9)))
 
     def _bins_per_column(self, transposed: bool) -> float:
         """The most bins that one step along a row may cross: |d bin / d j| = |down| (middle x step) / depth^2."""
@@ -168,4 +173,4 @@ class FanBeam(XRay):
         u = k * virtual + self.detector_offset / self.magnification
         cosine = self.source_origin / np.hypot(self.source_origin, u)
         angular = 0.5 * spacings(self.angles, 2 * math.pi)  # every line is measured twice
-        return Reconstruction(_FanInterpolation(), view, cosine[None], angular, virtual)
+        return Reconstruction(FanInterpolation(), view, cosine[None], angular, virtual)

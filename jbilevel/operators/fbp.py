@@ -42,8 +42,8 @@ class Interpolation:
     def bin(self, view, i, j):
         return self.rays.bin(view, i, j)
 
-    def share(self, view, k, bin, i, j):
-        return joseph.hat(k - bin)
+    def share(self, view, k, ahead, i, j):
+        return joseph.hat(ahead)
 
 
 @dataclass(frozen=True)

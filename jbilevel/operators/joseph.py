@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +27,22 @@ from jax import lax
 # Rows (or views) taken per step of the scan. On a CPU fewer let XLA fuse the slices into the inner loop, which then is
 # not vectorised (3 x slower); on a GPU every step costs a launch.
 _BLOCK = {"cpu": 8, "other": 32}
-_PAD = 2  # zeros on both sides of a row: XLA clamps indices outside the row onto them
+PAD = 2  # zeros on both sides of a row: XLA clamps indices outside the row onto them
 
 
 class Rays(Protocol):
     """A static, hashable fan of rays, with ``view`` a pytree of the numbers that place it in one view."""
 
-    def ray(self, view, k):
+    def ray(self, view, k) -> Any:
         """(offset, slope) of ray k."""
         ...
 
-    def bin(self, view, i, j):
+    def bin(self, view, i, j) -> Any:
         """The (fractional) bin that sees the point (i, j)."""
         ...
 
-    def share(self, view, k, bin, i, j):
-        """hat(c(i) - j) for ray k and the point (i, j), which ``bin`` sees."""
+    def share(self, view, k, ahead, i, j) -> Any:
+        """hat(c(i) - j) for ray k and the point (i, j), whose own bin is k - ahead."""
         ...
 
 
@@ -78,7 +78,7 @@ class Joseph:
         total = 0.0
         for image, group in zip((x, jnp.swapaxes(x, 0, 1)), groups, strict=True):
             if len(group.source):
-                group = _cast(group, x.dtype)
+                group = cast(group, x.dtype)
                 y = on_platform(partial(project, self.rays, self.bins), image, group.view, group.weight)
                 nothing = jnp.zeros((1, *y.shape[1:]), y.dtype)
                 total = total + lax.concatenate([y, nothing], 0)[group.place]
@@ -88,7 +88,7 @@ class Joseph:
         total = 0.0
         for swap, group in zip((False, True), groups, strict=True):
             if len(group.source):
-                group = _cast(group, y.dtype)
+                group = cast(group, y.dtype)
                 shape = self.shape[::-1] if swap else self.shape
                 lines = y[group.source]
                 x = on_platform(partial(backproject, self.rays, shape, self.taps), lines, group.view, group.weight)
@@ -100,44 +100,46 @@ def project(rays, bins: int, image, view, weight, *, block: int):
     """Line integrals of an image (rows, columns, ...) along all rays: (views, bins, ...)."""
     rows, columns, *batch = image.shape
     block = min(block, rows)
-    offset, slope = rays.ray(_columns(view), _centred(bins, image.dtype)[None])
-    offset = offset + ((columns - 1) / 2 + _PAD)
-    lines = _pad(image, {0: (0, -rows % block), 1: (_PAD, _PAD)}).reshape(-1, block, columns + 2 * _PAD, *batch)
+    offset, slope = rays.ray(as_columns(view), centred(bins, image.dtype)[None])
+    offset = offset + ((columns - 1) / 2 + PAD)
+    lines = pad(image, {0: (0, -rows % block), 1: (PAD, PAD)}).reshape(-1, block, columns + 2 * PAD, *batch)
     i = jnp.arange(lines.shape[0] * block, dtype=image.dtype).reshape(-1, block) - (rows - 1) / 2
 
     def step(total, some):
         for height, line in zip(*some, strict=True):
             crossing = offset + slope * height
             left = crossing.astype(jnp.int32)  # rounds towards 0, where the row is padded
-            share = _expand(crossing - left.astype(crossing.dtype), batch)
-            first, second = _take(line, left), _take(line, left + 1)
+            share = expand(crossing - left.astype(crossing.dtype), batch)
+            first, second = take(line, left), take(line, left + 1)
             total = total + (first + share * (second - first))
         return total, None
 
     views = weight.shape[0]
     total, _ = lax.scan(step, jnp.zeros((views, bins, *batch), image.dtype), (i, lines))
-    return total * _expand(weight, batch)
+    return total * expand(weight, batch)
 
 
 def backproject(rays, shape, taps: int, y, view, weight, *, block: int):
     """The transpose of `project`: (views, bins, ...) to (rows, columns, ...)."""
     views, bins, *batch = y.shape
-    block = min(block, views)
-    lines = _pad(y * _expand(weight, batch), {0: (0, -views % block), 1: (taps, taps)})
+    block = min(max(1, 2 * block // taps), views)
+    lines = pad(y * expand(weight, batch), {0: (0, -views % block), 1: (taps, taps)})
     lines = lines.reshape(-1, block, bins + 2 * taps, *batch)
-    view = jax.tree.map(lambda v: _repeat_last(v, -views % block).reshape(-1, block), view)
-    i, j = (_centred(n, y.dtype) for n in shape)
+    view = jax.tree.map(lambda v: repeat_last(v, -views % block).reshape(-1, block), view)
+    i, j = (centred(n, y.dtype) for n in shape)
     i, j = i[:, None], j[None]
     middle = (bins - 1) / 2 + taps
 
     def step(total, some):
-        for place, line in zip(_unstack(some[0], block), some[1], strict=True):
+        for place, line in zip(unstack(some[0], block), some[1], strict=True):
             # the bins within taps/2 of the pixel's own: the window's start is positive wherever it meets the detector
             own = rays.bin(place, i, j)
             start = (own + (middle + 1 - taps / 2)).astype(jnp.int32)
+            first = start.astype(y.dtype) - middle
+            ahead = first - own
             for tap in range(taps):
-                share = rays.share(place, start.astype(y.dtype) + (tap - middle), own, i, j)
-                total = total + _expand(share, batch) * _take(line, start + tap)
+                share = rays.share(place, first + tap, ahead + tap, i, j)
+                total = total + expand(share, batch) * take(line, start + tap)
         return total, None
 
     total, _ = lax.scan(step, jnp.zeros((*shape, *batch), y.dtype), (view, lines))
@@ -164,7 +166,7 @@ def on_platform(kernel, *arguments):
     )
 
 
-def _take(line, index):
+def take(line, index):
     """line[index], with indices outside clamped."""
     trailing = line.shape[1:]
     numbers = lax.GatherDimensionNumbers(
@@ -175,23 +177,23 @@ def _take(line, index):
     return lax.gather(line, index[..., None], numbers, (1, *trailing), mode=lax.GatherScatterMode.CLIP)
 
 
-def _pad(v, widths):
+def pad(v, widths):
     return lax.pad(v, jnp.zeros((), v.dtype), [(*widths.get(axis, (0, 0)), 0) for axis in range(v.ndim)])
 
 
-def _repeat_last(v, times: int):
+def repeat_last(v, times: int):
     return lax.concatenate([v, jnp.broadcast_to(v[-1:], (times,))], 0)
 
 
-def _unstack(view, n: int):
+def unstack(view, n: int):
     return [jax.tree.map(lambda v, q=q: v[q], view) for q in range(n)]
 
 
-def _columns(view):
+def as_columns(view):
     return jax.tree.map(lambda v: v[:, None], view)
 
 
-def _centred(n: int, dtype):
+def centred(n: int, dtype):
     return jnp.arange(n, dtype=dtype) - (n - 1) / 2
 
 
@@ -199,10 +201,10 @@ def hat(distance):
     return jnp.maximum(0, 1 - jnp.abs(distance))
 
 
-def _expand(v, batch):
+def expand(v, batch):
     return v.reshape(*v.shape, *[1] * len(batch))
 
 
-def _cast(group: Group, dtype) -> Group:
+def cast(group: Group, dtype) -> Group:
     cast = lambda v: jnp.asarray(v).astype(dtype)  # noqa: E731
     return group._replace(view=jax.tree.map(cast, group.view), weight=cast(group.weight))

@@ -6,8 +6,9 @@ is the only file that uses JAX names outside the documented public API; tests ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,11 @@ class LinearPair(Protocol):
     first argument only, and nothing is differentiated in the others.
     """
 
-    def forward(self, x, *operands): ...
+    @property
+    def forward(self) -> Callable[..., Any]: ...
 
-    def transpose(self, y, *operands): ...
+    @property
+    def transpose(self) -> Callable[..., Any]: ...
 
 
 def plain(pair: LinearPair, x, *operands, transpose: bool = False):
@@ -59,7 +62,7 @@ def _jvp(primals, tangents, **static):
     (x, *leaves), tangent = primals, tangents[0]
     out = linear_p.bind(x, *leaves, **static)
     if type(tangent) is ad.Zero:
-        return out, ad.Zero.from_primal_value(out)
+        return out, jnp.zeros_like(out)
     return out, linear_p.bind(tangent, *leaves, **static)
 
 

@@ -31,25 +31,32 @@ class XRay(LinearOperator):
     norm_is_bound = True
 
     @property
-    def out_shape(self) -> tuple[int, int]:
-        return len(self.angles), self.n_detectors
+    def out_shape(self) -> tuple[int, ...]:
+        return self._measured(len(self.angles))
 
     def map(self, x, transpose, bind):
-        groups = jax.tree.map(lambda v: v[0], self._subsets(1))
+        return self._apply(x, jax.tree.map(lambda v: v[0], self._subsets(1)), transpose, bind)
+
+    def _measured(self, views: int) -> tuple[int, ...]:
+        """Shape of a measurement with this number of views."""
+        return views, self.n_detectors
+
+    def _apply(self, x, groups, transpose, bind):
+        """The transform of the views in ``groups``."""
         return bind(self._kernel, x, *groups, transpose=transpose)
 
     def subset(self, i, m: int) -> Subset:
         """The operator of the angles i, i + m, i + 2 m, ...; ``i`` may be traced, for example by ``lax.scan``.
 
-        All m subsets have the shape (ceil(angles / m), n_detectors); where a subset is shorter, its last row is zero.
+        All m subsets have ceil(angles / m) views; where a subset is shorter, its last view is zero.
         The sum of A_i^T A_i over i is A^T A. ``subset.restrict(y)`` picks the rows of a measurement.
 
         Raises:
           ValueError: m is not between 1 and the number of angles, or i is a number outside 0, ..., m - 1.
         """
-        if not isinstance(m, numbers.Integral) or not 1 <= m <= len(self.angles):
+        if not isinstance(m, numbers.Integral) or not 1 <= int(m) <= len(self.angles):
             raise ValueError(f"`m` must be an integer between 1 and the number of angles {len(self.angles)}, got {m}.")
-        if isinstance(i, numbers.Integral) and not 0 <= i < m:
+        if isinstance(i, numbers.Integral) and not 0 <= int(i) < int(m):
             raise ValueError(f"`i` must lie in 0, ..., m - 1 = {m - 1}, got {i}.")
         return Subset(self, i, int(m))
 
@@ -66,7 +73,7 @@ class XRay(LinearOperator):
         """Filtered backprojection of a sinogram, see `FBP`: the image whose line integrals y are, up to resolution."""
         return FBP(self, filter)(y)
 
-    def _views(self, transposed: bool):
+    def _views(self, transposed: bool) -> tuple[Any, np.ndarray]:
         raise NotImplementedError
 
     def _reconstruction(self) -> Reconstruction:
@@ -78,7 +85,7 @@ class XRay(LinearOperator):
 
     def _subsets(self, m: int) -> tuple[Group, Group]:
         """The two groups of all m subsets: the leading axis counts the subsets."""
-        return tuple(_subset_tables(*self._views(transposed), m) for transposed in (False, True))
+        return _subset_tables(*self._views(False), m), _subset_tables(*self._views(True), m)
 
 
 def _subset_tables(view, weight, m: int) -> Group:
@@ -118,15 +125,16 @@ class Subset(LinearOperator):
 
     @property
     def out_shape(self):
-        return -(-len(self.operator.angles) // self.m), self.operator.n_detectors
+        return self.operator._measured(-(-len(self.operator.angles) // self.m))
 
     def map(self, x, transpose, bind):
-        groups = jax.tree.map(lambda v: jnp.asarray(v)[self.i], self.operator._subsets(self.m))
-        return bind(self.operator._kernel, x, *groups, transpose=transpose)
+        known = isinstance(self.i, numbers.Integral)
+        groups = jax.tree.map(lambda v: (v if known else jnp.asarray(v))[self.i], self.operator._subsets(self.m))
+        return self.operator._apply(x, groups, transpose, bind)
 
     def restrict(self, y):
         """The rows of a measurement y (..., angles, detectors) that belong to this subset, 0 where it is shorter."""
-        count, rows = len(self.operator.angles), self.out_shape[0]
+        count, rows = len(self.operator.angles), self.out_shape[-2]
         index = self.i + self.m * jnp.arange(rows)
         picked = jnp.moveaxis(jnp.take(y, index, axis=-2, mode="clip"), -2, -1)
         return jnp.moveaxis(jnp.where(jnp.broadcast_to(index < count, picked.shape), picked, 0), -1, -2)
@@ -134,8 +142,8 @@ class Subset(LinearOperator):
     def norm(self, tol: float = 1e-3) -> float:
         """As for the whole operator; for a traced i, the bound of the whole operator, which holds for each subset."""
         check_tolerance(tol)
-        traced = isinstance(self.i, jax.core.Tracer)
-        return self.operator.norm(tol) if traced else norms.nonnegative(self, tol)
+        known = isinstance(self.i, numbers.Integral)
+        return norms.nonnegative(self, tol) if known else self.operator.norm(tol)
 
 
 # ------------------------------------------------------------------------------------------------------- parallel beam
@@ -160,8 +168,8 @@ class _ParallelRays:
     def bin(self, view, i, j):
         return (view.origin + view.down * i) + view.across * j
 
-    def share(self, view, k, bin, i, j):
-        return hat(view.spacing * (k - bin))
+    def share(self, view, k, ahead, i, j):
+        return hat(view.spacing * ahead)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ class ParallelBeam(XRay):
     >>> import jax.numpy as jnp
     >>> A = ParallelBeam((4, 4), angles=[0.0, 1.5707963], n_detectors=4, pixel_size=0.5)
     >>> A.out_shape, A(jnp.ones((4, 4)))[0].tolist()
-    ((2, 4), [0.5, 2.0, 2.0, 0.5])
+    ((2, 4), [0.0, 2.0, 2.0, 0.0])
     """
 
     in_shape: tuple[int, int]
@@ -234,15 +242,19 @@ class ParallelBeam(XRay):
         return Reconstruction(rays, view, np.ones((1, 1)), spacings(self.angles, math.pi), self.detector_size)
 
 
-def check_plane(A, positive, finite) -> None:
+def check_plane(A, positive, finite, axes: str = "(H, W)", panel: int = 1) -> None:
     """Brings the fields of an X-ray transform into their types and refuses what cannot be meant."""
     put = lambda name, value: object.__setattr__(A, name, value)  # noqa: E731
+    dimension = axes.count(",") + 1
     shape = shape_of(A.in_shape, "shape")
-    put("in_shape", shape * 2 if len(shape) == 1 else shape)
-    if len(A.in_shape) != 2:
-        raise ValueError(f"`shape` must be (H, W), got {shape}.")
+    put("in_shape", shape * dimension if len(shape) == 1 else shape)
+    if len(A.in_shape) != dimension:
+        raise ValueError(f"`shape` must be {axes}, got {shape}.")
     put("angles", angles_of(A.angles))
-    put("n_detectors", shape_of(A.n_detectors, "n_detectors")[0])
+    bins = shape_of(A.n_detectors, "n_detectors")
+    if len(bins) != panel:
+        raise ValueError(f"`n_detectors` must be {'(rows, columns)' if panel == 2 else 'one integer'}, got {bins}.")
+    put("n_detectors", bins if panel == 2 else bins[0])
     for name in (*positive, *finite):
         value = float(getattr(A, name))
         if not math.isfinite(value) or (name in positive and value <= 0):

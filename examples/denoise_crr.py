@@ -1,8 +1,8 @@
 """Learn convex and weakly convex ridge regularisers, 13,767 parameters each, from photographs.
 
-Three stages, each cheap for what it brings: denoising score matching (no lower-level solve at all), the weight that suits
-reconstructions (a line of values), then bilevel learning by implicit differentiation with Adam on random crops. Compared
-on photographs that were not trained on with the total variation that is best on the training crops.
+Three stages, each cheap for what it brings: denoising score matching (no lower-level solve at all), the weight that
+suits reconstructions (a line of values), then bilevel learning by implicit differentiation with Adam on random crops.
+Compared on photographs that were not trained on with the total variation that is best on the training crops.
 
 Writes a table, the denoised photographs, the learned filters and the parameters to --out. Some three minutes on two
 cores with the photographs that ship inside scikit-image; --images DIR takes any folder of pictures instead.

@@ -83,11 +83,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng = np.random.default_rng(args.seed)
-    train_images, test_images = pictures.load(args)
-    train = pictures.noisy_pairs(
-        pictures.training_crops(train_images, args.crop_size, args.crops, rng), args.sigma, rng
-    )
-    test = pictures.noisy_pairs(test_images, args.sigma, rng)
+    train, test = pictures.train_and_test(args, rng)
     print(f"{len(train['x'])} training crops of {args.crop_size}^2, {len(test['x'])} test images of {args.size}^2")
 
     fixed = jb.variational(None, jb.regularizers.SmoothedTV(eps=1e-3))

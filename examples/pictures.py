@@ -50,6 +50,13 @@ def training_crops(images, size: int, count: int, rng) -> np.ndarray:
     return np.concatenate([crops(image, size, per_image, rng) for image in images])[:count]
 
 
+def train_and_test(args, rng) -> tuple[dict, dict]:
+    """Noisy crops to train on, and whole noisy test images."""
+    train, test = load(args)
+    cut = training_crops(train, args.crop_size, args.crops, rng)
+    return noisy_pairs(cut, args.sigma, rng), noisy_pairs(test, args.sigma, rng)
+
+
 def psnr_loss(params, x, data):
     """-PSNR in decibels, so that every photograph counts alike."""
     return 10 * jnp.log10(jnp.mean((x - data["x"]) ** 2))

@@ -51,7 +51,7 @@ class Model(NamedTuple):
 def models() -> dict[str, Model]:
     R = jb.regularizers
     crr, wcrr = R.CRR(), R.WCRR()
-    icnn, foe = R.ICNN(), R.FoE(count=48, size=7)
+    icnn, foe = R.ICNN(hidden=32), R.FoE(count=48, size=7)
     return {
         "TV": Model(TV, lambda key: jnp.log(jnp.array([0.05], jnp.float32)), 2e-2),
         "FoE": Model(foe, partial(foe.init, dtype=jnp.float32), 1e-2, foe.project, 1e-2),
@@ -244,10 +244,13 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 400, "score_steps": 600, "seeds": [0], "every": 50, "patience": 12,
-            "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
+            "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 400, "score_steps": 600, "seeds": [0],
+            "every": 50, "patience": 12, "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
         },
-        quick={"batch": [2], "crop": 20, "steps": 4, "score_steps": 3, "every": 2, "models": ["TV", "CRR"], "test_size": 32},
+        quick={
+            "batch": [2], "crop": 20, "steps": 4, "score_steps": 3, "every": 2, "models": ["TV", "CRR"],
+            "test_size": 32,
+        },
     )  # fmt: skip
     options.add_argument("--data", metavar="DIR", help="folder of training images (default: scikit-image photographs)")
     options.add_argument("--test", metavar="DIR", help="folder of test images; needed with --data")

@@ -125,6 +125,19 @@ def cost(args, problem, model: Model, data, exact: np.ndarray) -> dict[str, dict
     return figures
 
 
+def export(folder: Path, name: str, model: Model, batch, exact: np.ndarray) -> None:
+    """The one-image problem and its gradient as arrays, for a library in an environment of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {f"params.{key}": np.asarray(leaf) for key, leaf in _leaves(model.params)}
+    arrays |= {"y": np.asarray(batch["y"][0]), "clean": np.asarray(batch["clean"][0]), "gradient": exact}
+    np.savez(folder / f"{name.split(',')[0].replace(' ', '_')}_{exact.size}.npz", **arrays)
+
+
+def _leaves(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
+
+
 def measure(args, recorder, name: str, model: Model) -> None:
     crops = common.crops(args.sizes[0], args.batch[0], args.images, args.seed)
     batch = {"y": jnp.asarray(crops.noisy), "clean": jnp.asarray(crops.clean)}
@@ -143,6 +156,8 @@ def measure(args, recorder, name: str, model: Model) -> None:
             "estimate_over_true": ratios, "relative_error": relative,
         },
     )  # fmt: skip
+    if args.export:
+        export(Path(args.export), name, model, batch, exact)
     figures = cost(args, problem, model, jax.tree.map(lambda leaf: leaf[0], batch), exact)
     for library, own in figures.items():
         recorder.add({"part": "cost", "regularizer": name, "library": library}, own)
@@ -193,10 +208,11 @@ def render(rows: Sequence[dict]) -> str:
 def main(argv=None) -> None:
     options = common.parser(
         __doc__,
-        defaults={"sizes": [64], "batch": [5], "directions": 3, "target": 1e-4, "models": None},
+        defaults={"sizes": [64], "batch": [5], "directions": 3, "target": 1e-4, "models": None, "export": None},
         quick={"sizes": [24], "batch": [1], "repeats": 2, "directions": 1, "models": ["SmoothedTV", "ICNN"]},
     )
     options.add_argument("--models", nargs="+", help="names of some regularisers (default: all)")
+    options.add_argument("--export", metavar="DIR", help="also write the problems there, for regularizers_torch.py")
     options.add_argument("--directions", type=int, help="random directions of central differences")
     options.add_argument("--target", type=float, help="relative error of the hypergradients that are timed")
     args = common.parse(options, argv)

@@ -14,21 +14,13 @@ ship inside scikit-image; --images DIR takes any folder of pictures instead (eve
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import pictures
 
 import jbilevel as jb
-from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
-
-
-def psnr_loss(params, x, data):
-    """-PSNR in decibels, so that every photograph counts alike."""
-    return 10 * jnp.log10(jnp.mean((x - data["x"]) ** 2))
 
 
 def responses(filters, x):
@@ -60,33 +52,6 @@ def first_filters():
     }
 
 
-def noisy_pairs(images, sigma, rng):
-    images = np.asarray(images, np.float32)
-    return {"x": jnp.asarray(images), "y": jnp.asarray(jb.data.gaussian(rng, images, sigma).astype(np.float32))}
-
-
-def load(args):
-    """(training images, test images), all (n, size, size) in [0, 1]."""
-    if args.images is None:
-        return photographs(args.size, TRAIN_PHOTOGRAPHS), photographs(args.size, TEST_PHOTOGRAPHS)
-    images = jb.data.image_folder(args.images, size=args.size).images
-    if len(images) < 4:
-        raise SystemExit(f"--images {args.images}: need at least 4 pictures, one of four is for testing.")
-    keep = np.arange(len(images)) % 4 != 3
-    return images[keep], images[~keep]
-
-
-def training_crops(images, size, count, rng):
-    per_image = -(-count // len(images))
-    return np.concatenate([crops(image, size, per_image, rng) for image in images])[:count]
-
-
-def grid_search(oracle, batch, weights):
-    """Weight of total variation with the best mean PSNR on the training crops."""
-    values = [float(oracle.value(jnp.log(jnp.array([w], jnp.float32)), batch, tol=1e-2).value) for w in weights]
-    return jnp.log(jnp.array([weights[int(np.argmin(values))]], jnp.float32))
-
-
 class Patience:
     """Stop when the value has not improved by ``least`` decibels in ``steps`` steps, or time is up."""
 
@@ -111,87 +76,40 @@ def learn(name, oracle, theta, batch, args, projection=None):
     return result.params
 
 
-def reconstruct(problem, theta, batch):
-    """Denoised images and their check: a solve that did not converge is an error, not a picture."""
-    x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=1e-2))(batch)
-    jb.check(info)
-    return np.asarray(x)
-
-
-def table(rows, clean):
-    lines = ["| | PSNR | SSIM |", "|---|---|---|"]
-    for name, images in rows.items():
-        psnr = float(jb.metrics.mean_psnr(jnp.asarray(images), clean))
-        ssim = float(jnp.mean(jax.vmap(jb.metrics.ssim)(jnp.asarray(images), clean)))
-        lines.append(f"| {name} | {psnr:.2f} dB | {ssim:.3f} |")
-    return "\n".join(lines)
-
-
-def figure(path, clean, rows, shown):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = {"clean": clean, **rows}
-    fig, axes = plt.subplots(
-        len(shown), len(columns), figsize=(2.2 * len(columns), 2.45 * len(shown)), squeeze=False, layout="constrained"
-    )  # fmt: skip
-    for line, index in zip(axes, shown, strict=True):
-        for axis, (name, images) in zip(line, columns.items(), strict=True):
-            axis.imshow(images[index], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            quality = "" if name == "clean" else f"{float(jb.metrics.psnr(images[index], clean[index])):.2f} dB"
-            axis.set_title(f"{name}\n{quality}" if index == shown[0] else quality, fontsize=9)
-            axis.axis("off")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of pictures to use instead of scikit-image's")
-    parser.add_argument("--out", type=Path, default=Path("outputs/denoise_photographs"), help="where results go")
-    parser.add_argument("--sigma", type=float, default=0.1, help="noise level for images in [0, 1]")
-    parser.add_argument("--size", type=int, default=128, help="side of the test images")
-    parser.add_argument("--crops", type=int, default=20, help="number of training crops")
-    parser.add_argument("--crop-size", type=int, default=64, help="side of the training crops")
+    parser = pictures.parser(__doc__, "denoise_photographs")
     parser.add_argument("--steps", type=int, default=200, help="most steps of each method")
-    parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time, for each method")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng = np.random.default_rng(args.seed)
-    train_images, test_images = load(args)
-    train = noisy_pairs(training_crops(train_images, args.crop_size, args.crops, rng), args.sigma, rng)
-    test = noisy_pairs(test_images, args.sigma, rng)
+    train, test = pictures.train_and_test(args, rng)
     print(f"{len(train['x'])} training crops of {args.crop_size}^2, {len(test['x'])} test images of {args.size}^2")
 
     fixed = jb.variational(None, jb.regularizers.SmoothedTV(eps=1e-3))
-    best = grid_search(jb.implicit.Oracle(fixed, psnr_loss), train, np.geomspace(0.02, 0.4, 16) * args.sigma / 0.1)
+    best = pictures.best_tv(fixed, train, np.geomspace(0.02, 0.4, 16) * args.sigma / 0.1)
 
     smoothed = jb.regularizers.SmoothedTV()
     tv = jb.variational(None, smoothed)
     theta_tv = learn(
-        "total_variation", jb.implicit.Oracle(tv, psnr_loss), smoothed.init(dtype=jnp.float32), train, args,
+        "total_variation", jb.implicit.Oracle(tv, pictures.psnr_loss), smoothed.init(dtype=jnp.float32), train, args,
         projection=smoothed.project,
     )  # fmt: skip
 
     filters = jb.SmoothProblem(filter_energy, lambda theta, data: data["y"], strong_convexity=1.0)
-    theta = learn("filters", jb.implicit.Oracle(filters, psnr_loss), first_filters(), train, args)
+    theta = learn("filters", jb.implicit.Oracle(filters, pictures.psnr_loss), first_filters(), train, args)
 
     rows = {
         "noisy": np.asarray(test["y"]),
-        "TV, grid search": reconstruct(fixed, best, test),
-        "TV, learned": reconstruct(tv, theta_tv, test),
-        "filters, learned": reconstruct(filters, theta, test),
+        "TV, grid search": pictures.reconstruct(fixed, best, test),
+        "TV, learned": pictures.reconstruct(tv, theta_tv, test),
+        "filters, learned": pictures.reconstruct(filters, theta, test),
     }
     clean = np.asarray(test["x"])
-    summary = table(rows, clean)
+    summary = pictures.table(rows, clean)
     print(summary)
     (args.out / "table.md").write_text(summary + "\n")
-    figure(args.out / "denoised.png", clean, rows, range(min(3, len(clean))))
+    pictures.figure(args.out / "denoised.png", clean, rows, range(min(3, len(clean))))
     jb.save(args.out / "filters.npz", theta, {"sigma": args.sigma, "energy": "sum_k w_k sqrt((c_k * x)^2 + e_k^2)"})
     print(f"table, figure and parameters are in {args.out}")
 

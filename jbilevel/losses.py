@@ -134,7 +134,9 @@ class DenoisingScore:
 
     def __call__(self, params, data):
         y = _clean(data, self.noisy)
-        return squared_error(None)(params, jax.grad(self.regularizer, argnums=1)(params, y), y - _clean(data, self.target))
+        return squared_error(None)(
+            params, jax.grad(self.regularizer, argnums=1)(params, y), y - _clean(data, self.target)
+        )
 
 
 def _half_square(d, scale):

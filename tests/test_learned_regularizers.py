@@ -1,5 +1,6 @@
 """Learned regularisers: energies against their definitions, proven bounds against dense Hessians, bad input."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -272,7 +273,11 @@ def test_projections():
     R = ICNN(hidden=2, outputs=2, size=2)
     p = R.init(KEY)
     np.testing.assert_array_equal(R.project(p)["second"], p["second"])
-    assert np.all(R.project(p | {"second": p["second"] - 0.1})["second"] >= 0)
+    projected = R.project(p | {"second": p["second"] - 0.1, "first": p["first"] + 0.1})
+    assert np.all(projected["second"] >= 0)
+    np.testing.assert_allclose(jnp.sum(projected["first"], axis=(1, 2)), 0, atol=1e-14)
+    kept = replace(R, zero_mean=False).project(p | {"first": p["first"] + 0.1})["first"]
+    np.testing.assert_array_equal(kept, p["first"] + 0.1)
 
 
 @pytest.mark.parametrize("make", [FoE, CRR, WCRR, ICNN, WeightedTV])

@@ -1,9 +1,9 @@
-"""Paper 2's second figure: Fields of Experts with thousands of parameters, MAID without tuning against HOAG's schedules.
+"""Paper 2's second figure: Fields of Experts with thousands of parameters, MAID without tuning against HOAG.
 
-Crops of photographs with noise 0.1. Every method starts at the same filters, chooses its own first accuracies and steps,
-and may spend the same work, counted in gradient-equivalents of the lower level (values, gradients and Hessian products
-count one each). Losses are computed again afterwards by tight solves that are not counted, on the training crops and on
-crops that were not trained on.
+Crops of photographs with noise 0.1. Every method starts at the same filters, chooses its own first accuracies and
+steps, and may spend the same work, counted in gradient-equivalents of the lower level (values, gradients and Hessian
+products count one each). Losses are computed again afterwards by tight solves that are not counted, on the training
+crops and on crops that were not trained on.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def render(rows: Sequence[dict]) -> str:
     ]  # fmt: skip
     learned = [row for row in rows if "work" in row["figures"]]
     intro = (
-        f"{settings['batch'][0]} crops of {settings['sizes'][0]} x {settings['sizes'][0]}, {settings['filters']} filters "
-        f"of {settings['filter_size']} x {settings['filter_size']}: {learned[0]['figures']['parameters']} parameters; "
-        f"budget {settings['budget']} gradient-equivalents per image.\n"
+        f"{settings['batch'][0]} crops of {settings['sizes'][0]} x {settings['sizes'][0]}, {settings['filters']} "
+        f"filters of {settings['filter_size']} x {settings['filter_size']}: "
+        f"{learned[0]['figures']['parameters']} parameters; budget {settings['budget']} gradient-equivalents "
+        "per image.\n"
     )
     header = ["method", "training loss", "PSNR of mean MSE", "unseen crops", "steps", "work per image", "s"]
     maid = [row["figures"]["loss"] for row in learned if row["case"]["method"] == "MAID"]

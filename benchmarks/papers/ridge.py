@@ -30,6 +30,7 @@ TITLE = "Learned regularisers against total variation"
 SIGMA = 25.5 / 255
 TOL = 0.1  # of training, absolute 2-norms on one crop: 2e-3 per pixel of 40 x 40
 JUDGED = 0.1  # of judging, on one photograph: far below the errors that PSNR shows
+AVERAGED = 0.97  # decay of the averages of parameters, per step
 HELD = 24  # training images that are kept for validation, their centres
 WEIGHTS = tuple(1.25**k for k in range(-4, 8))  # factors on what score matching left
 TV_WEIGHTS = tuple(0.05 * 1.08**k for k in range(10))
@@ -51,7 +52,7 @@ class Model(NamedTuple):
 def models() -> dict[str, Model]:
     R = jb.regularizers
     crr, wcrr = R.CRR(), R.WCRR()
-    icnn, foe = R.ICNN(), R.FoE(count=48, size=7)
+    icnn, foe = R.ICNN(hidden=32), R.FoE(count=48, size=7)
     return {
         "TV": Model(TV, lambda key: jnp.log(jnp.array([0.05], jnp.float32)), 2e-2),
         "FoE": Model(foe, partial(foe.init, dtype=jnp.float32), 1e-2, foe.project, 1e-2),
@@ -125,22 +126,31 @@ def judge(problem, params, groups) -> np.ndarray:
     return np.concatenate([reconstruct(problem, params, group) for group in groups])
 
 
+@jax.jit
+def _towards(mean, params):
+    return jax.tree.map(lambda m, p: m + (1 - AVERAGED) * (p - m), mean, params)
+
+
 class Best:
-    """Callback of `fit`: keeps the parameters with the best PSNR on validation, and stops when none came for long."""
+    """Callback of `fit`: keeps the parameters with the best PSNR on validation, and stops when none came for long.
+
+    Judged are moving averages of the parameters, which the noise of small batches moves less (Polyak & Juditsky 1992).
+    """
 
     def __init__(self, problem, batch, every: int, patience: int):
         self.oracle = jb.implicit.Oracle(problem, lambda p, x, d: -jb.metrics.psnr(x, d["x"]), estimate=False)
         self.batch, self.every, self.patience = batch, every, patience
-        self.value, self.params, self.since, self.curve = -np.inf, None, 0, []
+        self.value, self.params, self.since, self.curve, self.mean = -np.inf, None, 0, [], None
 
     def __call__(self, step, state, info) -> bool:
+        self.mean = state.params if self.mean is None else _towards(self.mean, state.params)
         if (step + 1) % self.every:
             return False
-        value = -float(self.oracle.value(state.params, self.batch, tol=JUDGED).value)
+        value = -float(self.oracle.value(self.mean, self.batch, tol=JUDGED).value)
         print(f"step {step + 1}: {value:.3f} dB on validation", flush=True)
         self.curve.append((step + 1, round(value, 4)))
         if value > self.value:
-            self.value, self.params, self.since = value, state.params, 0
+            self.value, self.params, self.since = value, self.mean, 0
         else:
             self.since += 1
         return self.since >= self.patience
@@ -244,10 +254,13 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 400, "score_steps": 600, "seeds": [0], "every": 50, "patience": 12,
-            "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
+            "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 400, "score_steps": 600, "seeds": [0],
+            "every": 50, "patience": 12, "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
         },
-        quick={"batch": [2], "crop": 20, "steps": 4, "score_steps": 3, "every": 2, "models": ["TV", "CRR"], "test_size": 32},
+        quick={
+            "batch": [2], "crop": 20, "steps": 4, "score_steps": 3, "every": 2, "models": ["TV", "CRR"],
+            "test_size": 32,
+        },
     )  # fmt: skip
     options.add_argument("--data", metavar="DIR", help="folder of training images (default: scikit-image photographs)")
     options.add_argument("--test", metavar="DIR", help="folder of test images; needed with --data")

@@ -1,0 +1,126 @@
+"""What the denoising examples share: photographs, noise, reconstructions, a table and a figure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbilevel as jb
+from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
+
+
+def parser(description: str, name: str, **defaults) -> argparse.ArgumentParser:
+    """The options that all examples have; ``defaults`` replaces some of their values."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--images", type=Path, help="folder of pictures to use instead of scikit-image's")
+    options.add_argument("--out", type=Path, default=Path("outputs") / name, help="where results go")
+    options.add_argument("--sigma", type=float, default=0.1, help="noise level for images in [0, 1]")
+    options.add_argument("--size", type=int, default=128, help="side of the test images")
+    options.add_argument("--crops", type=int, default=20, help="number of training crops")
+    options.add_argument("--crop-size", type=int, default=64, help="side of the training crops")
+    options.add_argument("--seconds", type=float, default=40, help="stop learning after this time, for each model")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--quiet", action="store_true", help="no progress bar")
+    options.set_defaults(**defaults)
+    return options
+
+
+def load(args) -> tuple:
+    """(training images, test images), all (n, size, size) in [0, 1]."""
+    if args.images is None:
+        return photographs(args.size, TRAIN_PHOTOGRAPHS), photographs(args.size, TEST_PHOTOGRAPHS)
+    images = jb.data.image_folder(args.images, size=args.size).images
+    if len(images) < 4:
+        raise SystemExit(f"--images {args.images}: need at least 4 pictures, one of four is for testing.")
+    keep = np.arange(len(images)) % 4 != 3
+    return images[keep], images[~keep]
+
+
+def noisy_pairs(images, sigma: float, rng) -> dict[str, jax.Array]:
+    images = np.asarray(images, np.float32)
+    return {"x": jnp.asarray(images), "y": jnp.asarray(jb.data.gaussian(rng, images, sigma).astype(np.float32))}
+
+
+def training_crops(images, size: int, count: int, rng) -> np.ndarray:
+    per_image = -(-count // len(images))
+    return np.concatenate([crops(image, size, per_image, rng) for image in images])[:count]
+
+
+def train_and_test(args, rng) -> tuple[dict, dict]:
+    """Noisy crops to train on, and whole noisy test images."""
+    train, test = load(args)
+    cut = training_crops(train, args.crop_size, args.crops, rng)
+    return noisy_pairs(cut, args.sigma, rng), noisy_pairs(test, args.sigma, rng)
+
+
+def psnr_loss(params, x, data):
+    """-PSNR in decibels, so that every photograph counts alike."""
+    return 10 * jnp.log10(jnp.mean((x - data["x"]) ** 2))
+
+
+def best_tv(problem, batch, weights):
+    """log of the weight of total variation with the best mean PSNR on ``batch``."""
+    oracle = jb.implicit.Oracle(problem, psnr_loss)
+    values = [float(oracle.value(jnp.log(jnp.array([w], jnp.float32)), batch, tol=1e-2).value) for w in weights]
+    return jnp.log(jnp.array([weights[int(np.argmin(values))]], jnp.float32))
+
+
+def reconstruct(problem, theta, batch) -> np.ndarray:
+    """Denoised images and their check: a solve that did not converge is an error, not a picture."""
+    x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=1e-2))(batch)
+    jb.check(info)
+    return np.asarray(x)
+
+
+def table(rows: dict, clean) -> str:
+    lines = ["| | PSNR | SSIM |", "|---|---|---|"]
+    for name, images in rows.items():
+        psnr = float(jb.metrics.mean_psnr(jnp.asarray(images), clean))
+        ssim = float(jnp.mean(jax.vmap(jb.metrics.ssim)(jnp.asarray(images), clean)))
+        lines.append(f"| {name} | {psnr:.2f} dB | {ssim:.3f} |")
+    return "\n".join(lines)
+
+
+def figure(path: Path, clean, rows: dict, shown) -> None:
+    """The ``shown`` images, one line each: clean, then every row with its PSNR."""
+    plt = pyplot()
+    columns = {"clean": clean, **rows}
+    fig, axes = plt.subplots(
+        len(shown), len(columns), figsize=(2.2 * len(columns), 2.45 * len(shown)), squeeze=False, layout="constrained"
+    )  # fmt: skip
+    for line, index in zip(axes, shown, strict=True):
+        for axis, (name, images) in zip(line, columns.items(), strict=True):
+            axis.imshow(images[index], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            quality = "" if name == "clean" else f"{float(jb.metrics.psnr(images[index], clean[index])):.2f} dB"
+            axis.set_title(f"{name}\n{quality}" if index == shown[0] else quality, fontsize=9)
+            axis.axis("off")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def filter_figure(path: Path, filters, weights, columns: int = 16) -> None:
+    """Filters (n, k, k), each on its own grey scale, those with the largest weight first."""
+    plt = pyplot()
+    order = np.argsort(-np.asarray(weights))
+    rows = -(-len(order) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(0.55 * columns, 0.6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, order, strict=False):
+        bound = np.abs(filters[i]).max()
+        axis.imshow(filters[i], cmap="gray", vmin=-bound, vmax=bound, interpolation="nearest")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

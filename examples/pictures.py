@@ -1,4 +1,4 @@
-"""What the denoising examples share: photographs, noise, reconstructions, a table and a figure."""
+"""What the examples share: photographs, noise, reconstructions, a table and a figure."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def psnr_loss(params, x, data):
     return 10 * jnp.log10(jnp.mean((x - data["x"]) ** 2))
 
 
-def best_tv(problem, batch, weights):
+def best_tv(problem, batch, weights, tol: float = 1e-2):
     """log of the weight of total variation with the best mean PSNR on ``batch``."""
     oracle = jb.implicit.Oracle(problem, psnr_loss)
-    values = [float(oracle.value(jnp.log(jnp.array([w], jnp.float32)), batch, tol=1e-2).value) for w in weights]
+    values = [float(oracle.value(jnp.log(jnp.array([w], jnp.float32)), batch, tol=tol).value) for w in weights]
     return jnp.log(jnp.array([weights[int(np.argmin(values))]], jnp.float32))
 
 
-def reconstruct(problem, theta, batch) -> np.ndarray:
-    """Denoised images and their check: a solve that did not converge is an error, not a picture."""
-    x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=1e-2))(batch)
+def reconstruct(problem, theta, batch, tol: float = 1e-2) -> np.ndarray:
+    """Reconstructed images and their check: a solve that did not converge is an error, not a picture."""
+    x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=tol))(batch)
     jb.check(info)
     return np.asarray(x)
 

@@ -39,13 +39,12 @@ class Variational:
     def __call__(self, params, x, data):
         y = self.measurement(data)
         mapped = x if self.operator is None else self.operator(x)
-        if jnp.shape(mapped) != jnp.shape(y):
+        if _shapes(mapped) != _shapes(y):
             raise ValueError(
-                f"the operator maps x of shape {jnp.shape(x)} to {jnp.shape(mapped)}, but the measurement has shape "
-                f"{jnp.shape(y)}."
+                f"the operator maps x of shape {jnp.shape(x)} to {_shapes(mapped)}, but the measurement has shape "
+                f"{_shapes(y)}."
             )
-        residual = mapped - y
-        return 0.5 * jnp.sum(jnp.real(residual * jnp.conj(residual))) + self.regularizer(params, x)
+        return 0.5 * _squared_norm(jax.tree.map(jnp.subtract, mapped, y)) + self.regularizer(params, x)
 
     def check(self, params) -> None:
         """The regulariser's own checks of its params: negative weights of a convex network, filters that are all 0."""
@@ -53,13 +52,12 @@ class Variational:
 
     def start(self, params, data):
         """x0 = y for the identity, else the multiple of A' y that fits y best."""
-        y = jnp.asarray(self.measurement(data))
+        y = jax.tree.map(jnp.asarray, self.measurement(data))
         if self.operator is None:
             return y
         back = self.adjoint(y)
-        image = self.operator(back)
-        energy = jnp.sum(jnp.abs(image) ** 2)
-        length = jnp.sum(jnp.abs(back) ** 2) / jnp.where(energy > 0, energy, 1.0)
+        energy = _squared_norm(self.operator(back))
+        length = _squared_norm(back) / jnp.where(energy > 0, energy, 1.0)
         return length.astype(back.dtype) * back
 
     def adjoint(self, y):
@@ -94,6 +92,8 @@ class Variational:
         return self.regularizer.bounds(params, shape)
 
     def _data_convexity(self):
+        if not getattr(self.operator, "exact_adjoint", True):
+            return None  # the gradient is not that of the energy: its norm bounds no distance
         if self.data_convexity is not None:
             return self.data_convexity
         return 1.0 if self.operator is None else None
@@ -101,10 +101,7 @@ class Variational:
     def _norm_squared(self):
         if self.operator is None:
             return 1.0
-        norm = self.operator_norm
-        if norm is None and callable(getattr(self.operator, "norm", None)):
-            norm = self.operator.norm()
-        return None if norm is None else norm**2
+        return None if self.operator_norm is None else self.operator_norm**2
 
     @staticmethod
     def _sum(a, b):
@@ -124,15 +121,18 @@ def variational(
     """The lower-level problem min_x 1/2 ||A x - y||_2^2 + R(params, x) for one measurement y.
 
     Args:
-      operator: A, None for the identity (denoising), or any linear JAX function of x; its adjoint is ``operator.H``
-        where it has one, else JAX's transpose.
+      operator: A, None for the identity (denoising), any `LinearOperator` (measurements may be complex, or the tuples of
+        a `stack`), or any linear JAX function of x; its adjoint is ``operator.H`` where it has one, else JAX's
+        transpose. For a complex operator x is the real image. Nothing is proven where ``exact_adjoint`` is False.
       regularizer: ``R(params, x) -> scalar``; ``R.bounds(params, shape)`` supplies constants where it exists.
       data_term: "l2".
       measurement: ``data -> y``; by default data["y"], the first entry of a tuple, or data itself.
       in_shape: shape of x, needed for a plain function without ``in_shape``.
-      operator_norm: a proven bound on ||A||_2, for the smoothness constant (``operator.norm()`` where it exists).
-      data_convexity: a proven mu_A with ||A x||^2 >= mu_A ||x||^2 (1 for the identity); without one the problem has no
-        strong convexity constant, stops on the gradient norm, and reports ``error = inf``.
+      operator_norm: a proven bound on ||A||_2, for the smoothness constant; ``operator.norm()``, computed once here,
+        where it exists.
+      data_convexity: a proven mu_A with ||A x||^2 >= mu_A ||x||^2 (1 for the identity, 0 where the convexity of the
+        regulariser is enough); without one the problem has no strong convexity constant, stops on the gradient norm,
+        and reports ``error = inf``. MAID then works with the estimated error of `errors.distance`.
 
     Raises:
       ValueError: unknown data term, or an operator whose domain is not known.
@@ -147,6 +147,8 @@ def variational(
         raise ValueError(f"`data_term` must be 'l2', got {data_term!r}.")
     if operator is not None and not callable(operator):
         raise TypeError(f"`operator` must be a linear function or None, got {type(operator).__name__}.")
+    if operator_norm is None and hasattr(regularizer, "bounds") and callable(getattr(operator, "norm", None)):
+        operator_norm = operator.norm()
     model = Variational(operator, regularizer, measurement, in_shape, operator_norm, data_convexity)
     if operator is not None and not hasattr(operator, "H"):
         model._domain()  # say now, not inside a trace, that in_shape is missing
@@ -163,6 +165,16 @@ def variational(
             for name in ("hessian_lipschitz", "mixed_lipschitz", "mixed_norm")
         },
     )
+
+
+def _shapes(tree):
+    """The shape of one array, or the list of those of a tuple."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return shapes[0] if jax.tree.structure(tree).num_leaves == 1 else shapes
+
+
+def _squared_norm(tree):
+    return sum(jnp.sum(jnp.real(v * jnp.conj(v))) for v in jax.tree.leaves(tree))
 
 
 # functions of (params, data) as comparable objects, so that equal models make equal problems and jit caches are hit

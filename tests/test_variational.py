@@ -171,3 +171,55 @@ def test_errors_say_what_is_missing():
         jb.variational(None, TV).energy(THETA, IMAGE, {"x": IMAGE})
     with pytest.raises(ValueError, match="measurement has shape"):
         jb.variational(blur, TV, in_shape=(6, 5)).energy(THETA, IMAGE, jnp.zeros((3, 3)))
+
+
+def check_solution(problem, y):
+    """The cold start fits, and the solution is stationary for the dense problem's gradient."""
+    x, info = jb.solve(problem, THETA, y, tol=1e-7)
+    assert int(info.status) == jb.Status.CONVERGED and np.isinf(info.error)
+    assert float(jnp.linalg.norm(jax.grad(problem.energy, 1)(THETA, x, y))) <= 1e-7
+    return x
+
+
+@pytest.mark.parametrize(
+    "A",
+    [
+        jb.operators.Blur((6, 5), rng.random((3, 2)), "symmetric"),
+        jb.operators.Mask(rng.random((6, 5)) < 0.5),
+        jb.operators.UndersampledFourier((6, 5), rng.random((6, 5)) < 0.5, rng.standard_normal((2, 6, 5))),
+        jb.operators.stack([jb.operators.DownSample((6, 5), 1), jb.operators.Gradient((6, 5))]),
+    ],
+    ids=lambda A: type(A).__name__,
+)
+def test_every_operator(A):
+    problem = jb.variational(A, TV)
+    y = {"y": jax.tree.map(lambda v: v + 0.1, A(IMAGE))}  # a tuple of measurements has to be named
+    constants = check_bounds(problem, THETA, y)
+    assert constants.strong_convexity is None
+    assert float(constants.smoothness) == pytest.approx(A.norm() ** 2 + float(TV.bounds(THETA).smoothness))
+    check_solution(problem, y)
+    with pytest.raises(ValueError, match="measurement has shape"):
+        problem.energy(THETA, IMAGE, jnp.zeros((3, 3)))
+
+
+def test_the_norm_is_computed_once():
+    calls = []
+
+    @dataclass(frozen=True)
+    class Counted(Scaling):
+        def norm(self):
+            calls.append(1)
+            return 3.0
+
+    problem = jb.variational(Counted((6, 5)), TV)
+    for _ in range(3):
+        problem.constants(THETA, IMAGE)
+    assert len(calls) == 1
+
+
+def test_nothing_is_proven_through_an_inexact_adjoint():
+    rough = jb.operators.from_functions(lambda x: x, lambda y: 1.01 * y, (6, 5), (6, 5), exact_adjoint=False)
+    problem = jb.variational(rough, TV, data_convexity=1.0)
+    assert problem.strong_convexity is None
+    x, info = jb.solve(problem, THETA, IMAGE, tol=1e-6)
+    assert np.isinf(info.error)

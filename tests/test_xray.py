@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jbilevel as jb
 from jbilevel.operators import FanBeam, ParallelBeam, dot_test
 
 rng = np.random.default_rng(0)
@@ -157,6 +158,17 @@ def test_a_fan_from_far_away_is_parallel():
         FanBeam((9, 8), ANYHOW, 14, 1e7, 0.0, 1.0, 1.0, 0.2),
     )
     np.testing.assert_allclose(fan(x), parallel(x), atol=1e-5)
+
+
+def test_hypergradient_of_a_tv_weight_through_the_transform():
+    A = ParallelBeam(12, np.pi * np.arange(10) / 10, 18)
+    clean = jnp.asarray(ellipse_image(A, (0.5, -1.0), (4.0, 3.0), 0.3))
+    y = A(clean) + 0.3 * jnp.asarray(rng.standard_normal(A.out_shape))
+    problem = jb.variational(A, jb.regularizers.SmoothedTV(eps=0.05))
+    oracle = jb.implicit.Oracle(problem, lambda params, x, data: 0.5 * jnp.sum((x - data[1]) ** 2))
+    at = lambda t: oracle(jnp.array([t]), (y[None], clean[None]), tol=1e-9, adjoint_tol=1e-9)  # noqa: E731
+    slope = (at(1e-4).value - at(-1e-4).value) / 2e-4
+    np.testing.assert_allclose(at(0.0).grad[0], slope, rtol=1e-6)
 
 
 def test_single_and_half_precision():

@@ -35,7 +35,12 @@ class XRay(LinearOperator):
         return self._measured(len(self.angles))
 
     def map(self, x, transpose, bind):
-        return self._apply(x, jax.tree.map(lambda v: v[0], self._subsets(1)), transpose, bind)
+        return self._apply(x, self._all, transpose, bind)
+
+    @cached_property
+    def _all(self):
+        """The two groups of all views, as numpy arrays."""
+        return jax.tree.map(lambda v: v[0], self._subsets(1))
 
     def _measured(self, views: int) -> tuple[int, ...]:
         """Shape of a measurement with this number of views."""
@@ -64,10 +69,13 @@ class XRay(LinearOperator):
         """A proven upper bound on ||A||_2 (rounding apart), which ends within ``tol`` of it or after 100 products.
 
         From the nonnegative entries of A: ||A||^2 <= max (A^T A p) / p for every positive p (Collatz, Wielandt), with p
-        from the power method.
+        from the power method. The object keeps the number.
         """
         check_tolerance(tol)
-        return norms.nonnegative(self, tol)
+        known = self.__dict__.setdefault("_known_norms", {})
+        if tol not in known:
+            known[tol] = norms.nonnegative(self, tol)
+        return known[tol]
 
     def fbp(self, y, filter: str = "ram-lak"):
         """Filtered backprojection of a sinogram, see `FBP`: the image whose line integrals y are, up to resolution."""

@@ -121,7 +121,7 @@ def variational(
     """The lower-level problem min_x 1/2 ||A x - y||_2^2 + R(params, x) for one measurement y.
 
     Args:
-      operator: A, None for the identity (denoising), any `LinearOperator` (measurements may be complex, or the tuples of
+      operator: A, None for the identity (denoising), any `LinearOperator` (measurements may be complex, or tuples, of
         a `stack`), or any linear JAX function of x; its adjoint is ``operator.H`` where it has one, else JAX's
         transpose. For a complex operator x is the real image. Nothing is proven where ``exact_adjoint`` is False.
       regularizer: ``R(params, x) -> scalar``; ``R.bounds(params, shape)`` supplies constants where it exists.

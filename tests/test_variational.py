@@ -223,3 +223,25 @@ def test_nothing_is_proven_through_an_inexact_adjoint():
     assert problem.strong_convexity is None
     x, info = jb.solve(problem, THETA, IMAGE, tol=1e-6)
     assert np.isinf(info.error)
+
+
+def squared_error(params, x, data):
+    return 0.5 * jnp.sum((x - 1.0) ** 2)
+
+
+def test_a_bridge_has_the_hypergradient_of_its_operator():
+    """A host code with the matrix of a JAX operator."""
+    A = jb.operators.ParallelBeam((6, 5), np.linspace(0.1, 3.0, 12), 9)
+    matrix = np.asarray(A(jnp.eye(30).reshape(30, 6, 5))).reshape(30, -1)
+    bridge = jb.operators.from_callbacks(
+        lambda x: (x.reshape(-1, 30) @ matrix).reshape(-1, *A.out_shape),
+        lambda y: (y.reshape(-1, len(matrix.T)) @ matrix.T).reshape(-1, 6, 5),
+        A.in_shape, A.out_shape, dtype="float64", batched=True,
+    )  # fmt: skip
+    y = A(IMAGE[None]) + 0.1
+    bridged, embedded = (
+        jb.implicit.Oracle(jb.variational(K, TV), squared_error, estimate=False)(THETA, y, tol=1e-9, adjoint_tol=1e-9)
+        for K in (bridge, A)
+    )  # fmt: skip
+    assert np.all(np.isfinite(embedded.grad))
+    np.testing.assert_allclose(bridged.grad, embedded.grad, rtol=1e-6)

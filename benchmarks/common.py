@@ -33,7 +33,18 @@ import jbilevel as jb
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PACKAGES = ("jax", "jaxlib", "numpy", "optax", "jaxopt", "optimistix", "lineax", "equinox", "scikit-image")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "optax",
+    "jaxopt",
+    "optimistix",
+    "lineax",
+    "equinox",
+    "scikit-image",
+    "astra-toolbox",
+)
 # Photographs of scikit-image with at least 512 x 512 pixels; the first is the reference problem's.
 LARGE = ("camera", "astronaut", "brick", "grass", "gravel", "moon", "ihc", "hubble_deep_field")
 NOISE = 0.1

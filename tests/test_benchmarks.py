@@ -20,16 +20,19 @@ from benchmarks import (  # noqa: E402
     errors,
     experiments,
     hypergradients,
+    projectors,
     report,
     tuning,
     tv,
 )
 
-SCRIPTS = ("hypergradients", "errors", "experiments")
+SCRIPTS = ("hypergradients", "errors", "experiments", "projectors")
+SINGLE = {"projectors"}  # measured in single precision
 QUICK = {
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
     "errors": ["--problems", "quadratic"],
     "experiments": ["--sizes", "8", "--repeats", "1", "--variants", "plain", "mixed precision"],
+    "projectors": [],
 }
 FIELDS = {
     "benchmark", "case", "settings", "figures", "command", "commit", "date", "seed", "versions", "device", "cpu",
@@ -63,6 +66,9 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     for name in SCRIPTS:
         assert f"python benchmarks/{name}.py --quick" in page
     assert "times faster" in page and "violations" in page and "Against plain Newton-CG" in page
+    assert "| FP 32² × 10, batch 2 | pure JAX |" in page
+    distances = [row["figures"].get("distance", 0.0) for row in rows["projectors"]]
+    assert max(distances) < 1e-5
     picture = tmp_path / "figures" / "hypergradients.png"
     assert picture.stat().st_size < 150_000
     assert f"(figures/{picture.name})" in page
@@ -72,12 +78,14 @@ def check_row(row, name, folder):
     assert set(row) >= FIELDS
     assert row["benchmark"] == name and row["command"].startswith(f"python benchmarks/{name}.py --quick")
     assert row["versions"]["jax"] == jax.__version__
-    assert row["x64"] is True
+    assert row["x64"] is (name not in SINGLE)
     text = json.dumps(row)
     assert str(ROOT) not in text and str(folder) not in text and os.uname().nodename not in text
 
 
-@pytest.mark.parametrize("module", [hypergradients, errors, experiments, report], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [hypergradients, errors, experiments, projectors, report], ids=lambda module: module.__name__
+)
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])

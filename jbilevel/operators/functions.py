@@ -1,0 +1,173 @@
+"""A user's functions as operators: JAX functions, and functions of the host (numpy) through batched callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbilevel.operators.base import LinearOperator, shape_of
+
+
+def from_functions(
+    forward: Callable,
+    transpose: Callable | None,
+    in_shape,
+    out_shape,
+    *,
+    in_kind: str = "real",
+    out_kind: str | None = None,
+    exact_adjoint: bool = True,
+) -> LinearOperator:
+    """An operator from two linear JAX functions of ONE sample.
+
+    Args:
+      forward: x -> A x, for x of ``in_shape``.
+      transpose: y -> A^T y, the transpose and not the conjugate one; None takes JAX's transpose of ``forward``.
+      in_shape, out_shape: shapes of x and A x.
+      in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
+      exact_adjoint: False if ``transpose`` only approximates A^T.
+
+    Two operators made of the same function objects are equal: define the functions once. `dot_test` compares the pair.
+
+    >>> import jax.numpy as jnp
+    >>> A = from_functions(lambda x: x[1:] - x[:-1], None, (3,), (2,))
+    >>> A(jnp.array([0.0, 1.0, 3.0])).tolist(), A.T(jnp.array([1.0, 0.0])).tolist()
+    ([1.0, 2.0], [-1.0, 1.0, 0.0])
+    """
+    _check_callable(forward, "forward")
+    if transpose is not None:
+        _check_callable(transpose, "transpose")
+    kinds = _kinds(in_kind, out_kind)
+    shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
+    return FromFunctions(forward, transpose, *shapes, *kinds, exact_adjoint)
+
+
+@dataclass(frozen=True)
+class FromFunctions(LinearOperator):
+    """See `from_functions`."""
+
+    function: Callable
+    transposed: Callable | None
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_kind: str
+    out_kind: str
+    exact_adjoint: bool
+
+    def forward(self, x):
+        return _each(self.function, x, self.in_shape, self.out_shape, "forward")
+
+    def transpose(self, y):
+        transposed = self.transposed
+        if transposed is None:
+            real = jnp.finfo(y.dtype).dtype
+            dtype = jnp.result_type(real, jnp.complex64) if self.in_kind == "complex" else real
+            x = jax.ShapeDtypeStruct(self.in_shape, dtype)
+            transposed = lambda y: jax.linear_transpose(self.function, x)(y)[0]  # noqa: E731
+        return _each(transposed, y, self.out_shape, self.in_shape, "transpose")
+
+
+def _each(function, x, shape, expected, name):
+    lead = x.shape[: x.ndim - len(shape)]
+    out = jax.vmap(function)(x.reshape(-1, *shape)) if lead else function(x)
+    if jnp.shape(out)[bool(lead) :] != expected:
+        raise ValueError(f"`{name}` must return shape {expected}, it returned {jnp.shape(out)[bool(lead) :]}.")
+    return out.reshape(*lead, *expected) if lead else out
+
+
+def from_callbacks(
+    forward: Callable,
+    transpose: Callable,
+    in_shape,
+    out_shape,
+    *,
+    dtype="float32",
+    batched: bool = False,
+    in_kind: str = "real",
+    out_kind: str | None = None,
+    exact_adjoint: bool = True,
+) -> LinearOperator:
+    """An operator from two numpy functions that run on the host (external codes), one call for a whole batch.
+
+    Args:
+      forward, transpose: numpy arrays to numpy arrays; they must not use JAX, which hangs inside a callback.
+      in_shape, out_shape: shapes of one x and one A x.
+      dtype: "float32" or "float64", the precision that both functions compute in (its complex counterpart for complex
+        kinds). Input is converted to it and the result back to the dtype of the input.
+      batched: the functions take (n, *in_shape) and (n, *out_shape) at once, instead of one sample at a time.
+      in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
+      exact_adjoint: say False if ``transpose`` is not the exact transpose; `dot_test` measures it.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> A = from_callbacks(lambda x: np.cumsum(x), lambda y: np.cumsum(y[::-1])[::-1], (3,), (3,))
+    >>> jax.grad(lambda x: A(x)[2])(jnp.zeros(3)).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    _check_callable(forward, "forward")
+    _check_callable(transpose, "transpose")
+    if np.dtype(dtype) not in (np.dtype("float32"), np.dtype("float64")):
+        raise ValueError(f"`dtype` must be 'float32' or 'float64', got {dtype!r}.")
+    shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
+    kinds = _kinds(in_kind, out_kind)
+    return FromCallbacks(forward, transpose, *shapes, np.dtype(dtype).name, bool(batched), *kinds, exact_adjoint)
+
+
+@dataclass(frozen=True)
+class FromCallbacks(LinearOperator):
+    """See `from_callbacks`."""
+
+    function: Callable
+    transposed: Callable
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: str
+    takes_batch: bool
+    in_kind: str
+    out_kind: str
+    exact_adjoint: bool
+
+    def forward(self, x):
+        return self._call(self.function, x, self.in_shape, self.out_shape, self.in_kind, self.out_kind)
+
+    def transpose(self, y):
+        return self._call(self.transposed, y, self.out_shape, self.in_shape, self.out_kind, self.in_kind)
+
+    def _call(self, function, x, shape, out_shape, kind, out_kind):
+        lead = x.shape[: x.ndim - len(shape)]
+        result = jax.ShapeDtypeStruct((*lead, *out_shape), self._dtype(out_kind))
+        host = partial(_on_host, function, self.takes_batch, shape, out_shape, result.dtype)
+        out = jax.pure_callback(host, result, x.astype(self._dtype(kind)), vmap_method="expand_dims")
+        real = jnp.finfo(x.dtype).dtype
+        return out.astype(jnp.result_type(real, jnp.complex64) if out_kind == "complex" else real)
+
+    def _dtype(self, kind):
+        return jax.dtypes.canonicalize_dtype(np.result_type(self.dtype, np.complex64 if kind == "complex" else "f4"))
+
+
+def _on_host(function, takes_batch, shape, out_shape, dtype, x):
+    """Runs in the callback: numpy only, whatever the leading axes."""
+    x = np.asarray(x)
+    lead = x.shape[: x.ndim - len(shape)]
+    samples = x.reshape(-1, *shape)
+    out = np.asarray(function(samples) if takes_batch else [function(sample) for sample in samples])
+    if out.shape != (len(samples), *out_shape):
+        raise ValueError(f"a host function returned shape {out.shape[1:]} for one sample, declared is {out_shape}.")
+    return out.reshape(*lead, *out_shape).astype(dtype, copy=False)
+
+
+def _kinds(in_kind, out_kind):
+    kinds = in_kind, in_kind if out_kind is None else out_kind
+    for name, kind in zip(("in_kind", "out_kind"), kinds, strict=True):
+        if kind not in ("real", "complex"):
+            raise ValueError(f"`{name}` must be 'real' or 'complex', got {kind!r}.")
+    return kinds
+
+
+def _check_callable(function, name):
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function, got {type(function).__name__}.")

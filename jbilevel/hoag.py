@@ -96,9 +96,10 @@ class HOAG:
         lost = ~first & ~jnp.isfinite(hg.value)
         base = trees.where(rejected, state.previous, state.params)
         grad = trees.where(rejected, state.previous_grad, hg.grad)
+        warm = trees.where(lost, state.warm, hg.warm)
         params, _ = linesearch.projected_step(self.projection, base, grad, length)
         following = HOAGState(
-            params, trees.where(lost, state.warm, hg.warm), state.tol, state.adjoint_tol, jnp.where(rejected, 0.5, 1.0) * state.shrink, state.k + 1,
+            params, warm, state.tol, state.adjoint_tol, jnp.where(rejected, 0.5, 1.0) * state.shrink, state.k + 1,
             length, jnp.where(rejected, state.value, hg.value), base, grad, tol,
         )  # fmt: skip
         info = linesearch.step_info(

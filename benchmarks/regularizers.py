@@ -26,7 +26,8 @@ from benchmarks import common, peers, tuning, tv
 NAME = "regularizers"
 TITLE = "Regularisers: exactness, error estimates and cost"
 EXACT = 1e-11
-STEP = 1e-5  # of central differences, along directions of norm 1
+STEP = 1e-5  # of central differences, along directions of norm 1; also a tenth of it
+ROUGH = "psi"  # in the names of energies whose second derivative jumps
 FD_TARGET = 1e-6
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 FINEST = 1e-10
@@ -69,7 +70,7 @@ def flat(tree) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def differences(oracle, model: Model, batch, exact: np.ndarray, directions: int) -> list[float]:
+def differences(oracle, model: Model, batch, exact: np.ndarray, directions: int, step: float) -> list[float]:
     """Relative errors of directional derivatives against central differences of values solved to EXACT."""
     start, back = ravel_pytree(model.params)
     rng = np.random.default_rng(1)
@@ -79,7 +80,7 @@ def differences(oracle, model: Model, batch, exact: np.ndarray, directions: int)
         # towards the gradient: along a random direction in thousands of dimensions nothing would change
         direction = exact / np.linalg.norm(exact) + rng.standard_normal(start.size) / np.sqrt(start.size)
         direction = jnp.asarray(direction / np.linalg.norm(direction))
-        slope = float(value(start + STEP * direction) - value(start - STEP * direction)) / (2 * STEP)
+        slope = float(value(start + step * direction) - value(start - step * direction)) / (2 * step)
         errors.append(abs(slope - float(direction @ exact)) / abs(slope))
     return errors
 
@@ -152,7 +153,8 @@ def measure(args, recorder, name: str, model: Model) -> None:
     recorder.add(
         {"part": "errors", "regularizer": name},
         {
-            "parameters": exact.size, "difference": differences(oracle, model, first, exact, args.directions),
+            "parameters": exact.size, "difference": differences(oracle, model, first, exact, args.directions, STEP),
+            "difference_finer": differences(oracle, model, first, exact, args.directions, STEP / 10),
             "estimate_over_true": ratios, "relative_error": relative,
         },
     )  # fmt: skip
@@ -174,7 +176,7 @@ def render(rows: Sequence[dict]) -> str:
     settings = rows[0]["settings"]
     header = ["regulariser", "parameters", "worst against differences", "estimate/true", "at least half", "ms"]
     header += ["jaxopt, ms", "times faster", "temporary memory", "jaxopt's"]
-    lines, worst, ratios = [], [], []
+    lines, worst, ratios, rough = [], {}, [], ""
     for name in dict.fromkeys(row["case"]["regularizer"] for row in rows):
         own = [row for row in rows if row["case"]["regularizer"] == name]
         errors = next(row["figures"] for row in own if row["case"]["part"] == "errors")
@@ -183,24 +185,32 @@ def render(rows: Sequence[dict]) -> str:
             for library in ("jbilevel", "jaxopt")
         )
         ratio = np.array(errors["estimate_over_true"])
-        worst.append(max(errors["difference"]))
+        worst[name] = max(errors["difference"])
+        if ROUGH in name:
+            rough += (
+                f"- {name}: its second derivative jumps, and differences cross the jumps: "
+                f"{common.scientific(worst[name])} with steps of {STEP:g}, "
+                f"{common.scientific(max(errors['difference_finer']))} with a tenth of that.\n"
+            )
         ratios.append(ratio)
         reached = theirs["error"] <= settings["target"]
         lines.append([
-            name, errors["parameters"], common.scientific(worst[-1]),
+            name, errors["parameters"], common.scientific(worst[name]),
             f"{np.median(ratio):.2f} ({ratio.min():.2f}–{ratio.max():.2f})", f"{100 * np.mean(ratio >= 0.5):.0f} %",
             common.rounded(ours["ms"]), common.rounded(theirs["ms"]) + ("" if reached else " (target not reached)"),
             common.rounded(common.times_faster(ours, theirs), 2),
             *(f"{(own['temp_bytes'] or 0) / 2**20:.0f} MiB" for own in (ours, theirs)),
         ])  # fmt: skip
     every = np.concatenate(ratios)
-    met = "met" if max(worst) <= FD_TARGET else "NOT met"
+    smooth = max(error for name, error in worst.items() if ROUGH not in name)
+    met = "met" if smooth <= FD_TARGET else "NOT met"
     crops = f"{settings['batch'][0]} crops of {settings['sizes'][0]} x {settings['sizes'][0]} pixels"
     intro = f"{crops}, float64; costs at a relative error of {common.scientific(settings['target'], 0)}.\n"
     verdict = (
-        f"- Hypergradients against central differences: at worst {common.scientific(max(worst))}; criterion <= "
-        f"{FD_TARGET:g}: {met}.\n- Estimates over all {every.size} cases: median {np.median(every):.2f}, at least half "
-        f"the true error in {100 * np.mean(every >= 0.5):.1f} %.\n"
+        f"- Hypergradients of twice differentiable energies against central differences: at worst "
+        f"{common.scientific(smooth)}; criterion <= {FD_TARGET:g}: {met}.\n{rough}"
+        f"- Estimates over all {every.size} cases: median {np.median(every):.2f}, at least half the true error in "
+        f"{100 * np.mean(every >= 0.5):.1f} %.\n"
     )
     return "\n".join([intro, common.table(header, lines), verdict])
 

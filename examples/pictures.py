@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -76,17 +77,18 @@ def reconstruct(problem, theta, batch, tol: float = 1e-2) -> np.ndarray:
     return np.asarray(x)
 
 
-def table(rows: dict, clean) -> str:
+def table(rows: dict, clean, data_range: float = 1.0) -> str:
     lines = ["| | PSNR | SSIM |", "|---|---|---|"]
+    similarity = jax.vmap(partial(jb.metrics.ssim, data_range=data_range))
     for name, images in rows.items():
-        psnr = float(jb.metrics.mean_psnr(jnp.asarray(images), clean))
-        ssim = float(jnp.mean(jax.vmap(jb.metrics.ssim)(jnp.asarray(images), clean)))
+        psnr = float(jb.metrics.mean_psnr(jnp.asarray(images), clean, data_range))
+        ssim = float(jnp.mean(similarity(jnp.asarray(images), clean)))
         lines.append(f"| {name} | {psnr:.2f} dB | {ssim:.3f} |")
     return "\n".join(lines)
 
 
-def figure(path: Path, clean, rows: dict, shown) -> None:
-    """The ``shown`` images, one line each: clean, then every row with its PSNR."""
+def figure(path: Path, clean, rows: dict, shown, window=(0.0, 1.0), data_range: float = 1.0) -> None:
+    """The ``shown`` images, one line each: clean, then every row with its PSNR; grey values from black to white."""
     plt = pyplot()
     columns = {"clean": clean, **rows}
     fig, axes = plt.subplots(
@@ -94,8 +96,9 @@ def figure(path: Path, clean, rows: dict, shown) -> None:
     )  # fmt: skip
     for line, index in zip(axes, shown, strict=True):
         for axis, (name, images) in zip(line, columns.items(), strict=True):
-            axis.imshow(images[index], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            quality = "" if name == "clean" else f"{float(jb.metrics.psnr(images[index], clean[index])):.2f} dB"
+            axis.imshow(images[index], cmap="gray", vmin=window[0], vmax=window[1], interpolation="nearest")
+            psnr = float(jb.metrics.psnr(images[index], clean[index], data_range))
+            quality = "" if name == "clean" else f"{psnr:.2f} dB"
             axis.set_title(f"{name}\n{quality}" if index == shown[0] else quality, fontsize=9)
             axis.axis("off")
     fig.savefig(path, dpi=110)

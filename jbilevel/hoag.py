@@ -44,13 +44,14 @@ class HOAG:
     At step k the lower level and the adjoint are solved to eps_k = tol * schedule(k), warm, and params move by -z/L.
     L adapts (Pedregosa 2016, section 5): with d = ||last move||, C = 1/4, a value
     f_k <= f_{k-1} + C eps_k + (C + 1) eps_{k-1} d - L d^2 shortens L by 0.95; f_k >= 1.2 f_{k-1} rejects the move (back
-    to the last accepted params, L doubled, accuracies halved); else L stays. Each move is made once.
+    to the last accepted params, L doubled, accuracies halved), and so does a value that is not finite, in place of
+    which the last accepted one is reported; else L stays. Each move is made once.
 
     Args:
       oracle: any hypergradient oracle.
       schedule: "exponential" (0.9^k), "quadratic" (1/k^2), "cubic" (1/k^3), "exact".
       tol, adjoint_tol: accuracies at the first step; None takes 1e-2 of the sizes at the cold start.
-      step_size: first step length; None moves params by a tenth of their norm.
+      step_size: first step length; None moves params by the root of their number, as the author's code does.
       projection: ``params -> params`` onto the feasible set.
     """
 
@@ -91,17 +92,20 @@ class HOAG:
         rejected = ~first & ((hg.value >= state.value + 0.2 * jnp.abs(state.value)) | ~jnp.isfinite(hg.value))
         length = jnp.where(rejected, 0.5 * length, jnp.where(~first & decreased, length / 0.95, length))
 
+        # a move to where the energy overflows is taken back like any other, and its NaN forgotten
+        lost = ~first & ~jnp.isfinite(hg.value)
         base = trees.where(rejected, state.previous, state.params)
         grad = trees.where(rejected, state.previous_grad, hg.grad)
+        warm = trees.where(lost, state.warm, hg.warm)
         params, _ = linesearch.projected_step(self.projection, base, grad, length)
         following = HOAGState(
-            params, hg.warm, state.tol, state.adjoint_tol, jnp.where(rejected, 0.5, 1.0) * state.shrink, state.k + 1,
+            params, warm, state.tol, state.adjoint_tol, jnp.where(rejected, 0.5, 1.0) * state.shrink, state.k + 1,
             length, jnp.where(rejected, state.value, hg.value), base, grad, tol,
         )  # fmt: skip
         info = linesearch.step_info(
             hg, step=jnp.where(rejected, 0.0, length), tol=tol, adjoint_tol=adjoint_tol, work=hg.work
         )
-        return following, info
+        return following, info._replace(value=jnp.where(lost, state.value, hg.value))
 
     def _first_length(self, params, grad):
         if self.step_size is not None:

@@ -26,13 +26,13 @@ from benchmarks import (  # noqa: E402
     tv,
 )
 
-SCRIPTS = ("hypergradients", "errors", "experiments", "projectors")
-SINGLE = {"projectors"}  # measured in single precision
+SCRIPTS = ("hypergradients", "errors", "experiments", "projectors", "regularizers", "papers/ridge", "papers/paper2_foe")
+SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
 QUICK = {
+    "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
     "errors": ["--problems", "quadratic"],
     "experiments": ["--sizes", "8", "--repeats", "1", "--variants", "plain", "mixed precision"],
-    "projectors": [],
 }
 FIELDS = {
     "benchmark", "case", "settings", "figures", "command", "commit", "date", "seed", "versions", "device", "cpu",
@@ -41,7 +41,8 @@ FIELDS = {
 
 
 def run_quickly(name, folder):
-    command = [sys.executable, f"benchmarks/{name}.py", "--quick", *QUICK[name], "--out", str(folder / f"{name}.jsonl")]
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", *QUICK.get(name, [])]
+    command += ["--out", str(folder / f"{Path(name).name}.jsonl")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -53,7 +54,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     for process in started.values():
         printed, _ = process.communicate(timeout=900)
         assert process.returncode == 0, printed.decode()
-    rows = {name: common.read_rows(tmp_path / f"{name}.jsonl") for name in SCRIPTS}
+    rows = {name: common.read_rows(tmp_path / f"{Path(name).name}.jsonl") for name in SCRIPTS}
     for name in SCRIPTS:
         assert rows[name]
         for row in rows[name]:
@@ -76,7 +77,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
 
 def check_row(row, name, folder):
     assert set(row) >= FIELDS
-    assert row["benchmark"] == name and row["command"].startswith(f"python benchmarks/{name}.py --quick")
+    assert row["benchmark"] == Path(name).name and row["command"].startswith(f"python benchmarks/{name}.py --quick")
     assert row["versions"]["jax"] == jax.__version__
     assert row["x64"] is (name not in SINGLE)
     text = json.dumps(row)

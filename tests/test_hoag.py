@@ -1,5 +1,6 @@
 """HOAG: optima of regularised logistic regression, schedules, rejected moves, projection."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,3 +143,14 @@ def test_projection():
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="schedule"):
         jb.HOAG(SHRINK, "linear")
+
+
+def test_a_move_to_where_the_value_overflows_is_taken_back():
+    start = np.array([1.0, -2.0])
+    method = jb.HOAG(SHRINK, "exact", tol=1e-3, adjoint_tol=1e-3, step_size=1e160)
+    states, infos = walk(method, jnp.array(start), ZERO, 3)
+    assert float(infos[1].value) == float(infos[0].value)
+    np.testing.assert_allclose(states[2].params, start - 0.5e160 * start)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(states[2].warm))
+    result = jb.fit(method, jnp.array(start), ZERO, steps=700)
+    assert result.status == jb.FitStatus.FINISHED and result.history["value"][-1] < 1e-6

@@ -38,8 +38,10 @@ def crops(args) -> tuple[dict, dict]:
 
     size, count = args.sizes[0], args.batch[0]
     if args.images is None:
-        train = jb.data.photographs(2 * size, jb.data.TRAIN_PHOTOGRAPHS)
-        test = jb.data.photographs(2 * size, jb.data.TEST_PHOTOGRAPHS)
+        side = max(size, min(2 * size, 180))  # the smallest photograph has 191 pixels
+        train, test = (
+            jb.data.photographs(side, names) for names in (jb.data.TRAIN_PHOTOGRAPHS, jb.data.TEST_PHOTOGRAPHS)
+        )
     else:
         images = jb.data.image_folder(args.images).images
         train, test = images[1::2], images[::2]

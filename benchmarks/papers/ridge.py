@@ -52,7 +52,7 @@ class Model(NamedTuple):
 def models() -> dict[str, Model]:
     R = jb.regularizers
     crr, wcrr = R.CRR(), R.WCRR()
-    icnn, foe = R.ICNN(hidden=32), R.FoE(count=48, size=7)
+    icnn, foe = R.ICNN(hidden=64, outputs=2), R.FoE(count=48, size=7)
     return {
         "TV": Model(TV, lambda key: jnp.log(jnp.array([0.05], jnp.float32)), 2e-2),
         "FoE": Model(foe, partial(foe.init, dtype=jnp.float32), 1e-2, foe.project, 1e-2),

@@ -31,11 +31,20 @@ SIGMA = 25.5 / 255
 TOL = 0.1  # of training, absolute 2-norms on one crop: 2e-3 per pixel of 40 x 40
 JUDGED = 0.1  # of judging, on one photograph: far below the errors that PSNR shows
 AVERAGED = 0.97  # decay of the averages of parameters, per step
+WARMUP = 30  # steps in which the rate rises
 HELD = 24  # training images that are kept for validation, their centres
 WEIGHTS = tuple(1.25**k for k in range(-4, 8))  # factors on what score matching left
 TV_WEIGHTS = tuple(0.05 * 1.08**k for k in range(10))
 TV = jb.regularizers.SmoothedTV(eps=1e-3)
 TARGETS = {"CRR": 0.5, "WCRR": 0.9, "ICNN": 0.4}  # dB over the best total variation
+
+
+def psnr_loss(params, x, data):
+    """-PSNR in decibels, which is what models are judged by: every crop counts alike."""
+    return -jb.metrics.psnr(x, data["x"])
+
+
+LOSSES = {"squared": jb.losses.squared_error(), "psnr": psnr_loss}
 
 
 class Model(NamedTuple):
@@ -138,7 +147,7 @@ class Best:
     """
 
     def __init__(self, problem, batch, every: int, patience: int):
-        self.oracle = jb.implicit.Oracle(problem, lambda p, x, d: -jb.metrics.psnr(x, d["x"]), estimate=False)
+        self.oracle = jb.implicit.Oracle(problem, psnr_loss, estimate=False)
         self.batch, self.every, self.patience = batch, every, patience
         self.value, self.params, self.since, self.curve, self.mean = -np.inf, None, 0, [], None
 
@@ -174,8 +183,11 @@ def pretrain(problem, model: Model, photographs: Photographs, args, seed: int):
 
 def train(model: Model, photographs: Photographs, args, seed: int):
     problem = jb.variational(None, model.regularizer)
-    oracle = jb.implicit.Oracle(problem, jb.losses.squared_error(), estimate=False)
-    rate = optax.cosine_decay_schedule(model.rate, args.steps, alpha=0.05)
+    oracle = jb.implicit.Oracle(problem, LOSSES[args.loss], estimate=False)
+    # the second moments of Adam need some steps before they are worth anything
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, model.rate, min(WARMUP, args.steps // 4), args.steps, 0.05 * model.rate
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(10.0), model.optimizer(rate, b2=0.99))
     method = jb.FirstOrder(oracle, optimizer, tol=TOL, adjoint_tol=TOL, projection=model.projection)
     best = Best(problem, photographs.validation, args.every, args.patience)
@@ -255,7 +267,7 @@ def main(argv=None) -> None:
         __doc__,
         defaults={
             "dtype": ["float32"], "batch": [8], "crop": 40, "steps": 400, "score_steps": 600, "seeds": [0],
-            "every": 50, "patience": 12, "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
+            "every": 50, "patience": 12, "loss": "squared", "models": ["TV", "ICNN", "CRR", "WCRR"], "test_size": 0,
         },
         quick={
             "batch": [2], "crop": 20, "steps": 4, "score_steps": 3, "every": 2, "models": ["TV", "CRR"],
@@ -269,6 +281,7 @@ def main(argv=None) -> None:
     options.add_argument("--seeds", nargs="+", type=int, help="of initialisation and crops")
     options.add_argument("--crop", type=int, help="side of training crops in pixels")
     options.add_argument("--steps", type=int, help="Adam steps")
+    options.add_argument("--loss", choices=list(LOSSES), help="of training")
     options.add_argument("--score-steps", type=int, help="Adam steps of score matching before that, 0: none")
     options.add_argument("--every", type=int, help="steps between validations")
     options.add_argument("--patience", type=int, help="validations without a better one before stopping")

@@ -204,6 +204,7 @@ def test_stated_constants_hold(name):
     assert curvatures[-1] <= view.constants.smoothness
 
 
+@pytest.mark.slow
 def test_exact_diagonal_by_colouring():
     rng = np.random.default_rng(0)
     data = {"y": jnp.asarray(rng.uniform(size=(7, 8)))}

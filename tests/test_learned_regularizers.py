@@ -352,6 +352,7 @@ def estimate_and_truth(oracle, params, batch, tol, exact):
     return float(hg.error), true
 
 
+@pytest.mark.slow
 def test_estimated_errors_of_foe_hypergradients():
     R = FoE(count=4, size=3, boundary="symmetric")
     batch, params = images(12)(0, 2), R.init(KEY)
@@ -368,6 +369,7 @@ def weakly_convex():
     return jb.variational(None, R), R.init(KEY, slope=2.0), images(12)(0, 2)
 
 
+@pytest.mark.slow
 def test_weakly_convex_lower_level():
     """Nonmonotone solver and MINRES adjoint; no bound is claimed where convexity is lost."""
     problem, params, batch = weakly_convex()

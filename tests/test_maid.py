@@ -157,7 +157,8 @@ def test_closed_form_minimum_is_reached_with_true_decrease(certified):
     assert values[-1] - toy_value(BEST) < 1e-10
 
 
-@pytest.mark.parametrize("certified", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("certified", [True, False])
 def test_filter_learning_with_a_pytree_of_parameters(batch32, certified):
     kernels = np.random.default_rng(5).standard_normal((3, 3, 3))
     kernels = jnp.asarray(kernels - kernels.mean(axis=(1, 2), keepdims=True))
@@ -284,6 +285,7 @@ def test_nan_in_the_data_is_reported(batch64):
     np.testing.assert_array_equal(rows[0].after.params, STARTS[0])
 
 
+@pytest.mark.slow
 def test_single_precision_runs_to_its_floor(batch32):
     with jax.enable_x64(False):
         batch = jax.tree.map(lambda v: jnp.asarray(np.asarray(v), jnp.float32), batch32)
@@ -318,7 +320,9 @@ ORACLES = {
 }
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("corrected", "without mu") else ()) for n in ORACLES]
+)
 def test_never_knows_which_oracle_feeds_it(name):
     rows = walk(jb.MAID(ORACLES[name]), jnp.array(THETA), SAMPLES, 100)
     values = [toy_value(np.asarray(row.before.params)) for row in rows] + [toy_value(np.asarray(rows[-1].after.params))]

@@ -17,7 +17,7 @@ FULL = replace(CASE.problem, mixed_precision=False)
 MIXED = replace(CASE.problem, mixed_precision=True)
 
 
-@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("correct", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_answers_agree_with_float64_throughout(correct):
     params, batch = CASE.params(0), CASE.batch(0, 2)
     full, reduced = (
@@ -39,6 +39,7 @@ def test_most_steps_are_in_float32():
     assert "f32[12,12]" in programs[MIXED] and "f32" not in programs[FULL]
 
 
+@pytest.mark.slow
 def test_estimate_of_a_loose_solve_is_right():
     params, batch = CASE.params(1), CASE.batch(1, 1)
     exact = jb.implicit.Oracle(FULL, image_loss)(params, batch, tol=1e-12).grad
@@ -100,6 +101,7 @@ def test_refinement_reaches_float64_accuracy_and_says_what_is_left():
     assert 0 < float(trees.norm(floor.residual)) < 1e-11 and int(floor.products) < 1000
 
 
+@pytest.mark.slow
 def test_gradient_through_argmin_in_mixed_precision():
     params, data = CASE.params(2), CASE.sample(2)
 

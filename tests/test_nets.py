@@ -43,7 +43,9 @@ def equinox_network():
     return model, jb.nets.from_equinox(model)
 
 
-@pytest.mark.parametrize("network", [nnx_network, linen_network, equinox_network])
+@pytest.mark.parametrize(
+    "network", [nnx_network, *(pytest.param(n, marks=pytest.mark.slow) for n in (linen_network, equinox_network))]
+)
 def test_a_network_is_an_energy(network):
     model, (f, params) = network()
     np.testing.assert_allclose(f(params, X), model(X), rtol=1e-12)

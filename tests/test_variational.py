@@ -229,6 +229,7 @@ def squared_error(params, x, data):
     return 0.5 * jnp.sum((x - 1.0) ** 2)
 
 
+@pytest.mark.slow
 def test_a_bridge_has_the_hypergradient_of_its_operator():
     """A host code with the matrix of a JAX operator."""
     A = jb.operators.ParallelBeam((6, 5), np.linspace(0.1, 3.0, 12), 9)

@@ -69,6 +69,7 @@ def test_the_transpose_is_exact(make):
     assert forward.min() >= 0
 
 
+@pytest.mark.slow
 def test_norm_is_a_proven_bound_and_the_dot_test_agrees():
     A = GEOMETRIES["fan"]()
     exact = np.linalg.norm(matrix(A), 2)
@@ -95,6 +96,7 @@ def test_subsets_with_a_traced_index(name):
         assert not np.any(parts[i, len(own) :])
 
 
+@pytest.mark.slow
 def test_subsets_under_vmap_and_derivatives():
     A, m = GEOMETRIES["square"](), 3
     x = jnp.asarray(rng.standard_normal((m, *A.in_shape)))
@@ -160,6 +162,7 @@ def test_a_fan_from_far_away_is_parallel():
     np.testing.assert_allclose(fan(x), parallel(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hypergradient_of_a_tv_weight_through_the_transform():
     A = ParallelBeam(12, np.pi * np.arange(10) / 10, 18)
     clean = jnp.asarray(ellipse_image(A, (0.5, -1.0), (4.0, 3.0), 0.3))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel import trees
 from jbilevel.results import Status, Work
+from jbilevel.solvers.loop import secant
 from jbilevel.solvers.mixed import curvature as hessian
 
 # forcing term after a start in float32, which ends where Newton's method converges fast
@@ -42,8 +43,9 @@ class NewtonCG:
 
     Far from the solution of a barely smooth energy (total variation with a small eps) Newton directions are short of
     useful. Where mu and L are known and two candidates in a row were refused, x therefore moves by accelerated
-    gradient steps until the gradient has fallen by ``relief``, and Newton tries again; unless L/mu is so large (above
-    some 17000, as the bounds of a learned regulariser may be) that this would take more than ``patience`` steps.
+    gradient steps until the gradient has fallen by ``relief``, and Newton tries again. Their length follows the largest
+    curvature met so far instead of L, which for a learned regulariser may be a hundred times larger than anything on
+    the way; where they would still take more than ``patience`` steps, Newton goes on alone.
 
     Args:
       max_products: limit of CG steps per Newton step.
@@ -92,12 +94,15 @@ class NewtonCG:
         if mu is None or view.constants.smoothness is None:
             return trees.where(accept, aimed, shorter)
         here = state._replace(evaluations=work)
-        moved = here._replace(x=candidate, gradient=gradient, residual=residual, value=value)
+        moved = here._replace(
+            x=candidate, gradient=gradient, residual=residual, value=value,
+            curvature=jnp.maximum(state.curvature, secant(state.x, state.gradient, candidate, gradient)),
+        )  # fmt: skip
         here = trees.where(accelerated, moved, here)
         moving = self._accelerate(view, here, restart=~accelerated)
         far = (accelerated & ~newton) | (~accept & (state.length <= 0.5))
         # steps of the phase: sqrt(L/mu) for each factor e; mu = 0 would give momentum 1, which does not converge
-        worthwhile = math.log(1 / self.relief) ** 2 * view.constants.smoothness <= self.patience**2 * mu
+        worthwhile = math.log(1 / self.relief) ** 2 * self._steepness(view, here) <= self.patience**2 * mu
         far = far & (mu > 0) & (accelerated | worthwhile)
         return trees.where(newton, aimed, trees.where(far, moving, shorter))
 
@@ -119,9 +124,13 @@ class NewtonCG:
             jnp.asarray(False), jnp.zeros_like(residual), x,
         )  # fmt: skip
 
+    def _steepness(self, view, state: NewtonState):
+        """A guess at L here: twice the largest curvature met, which grows as x moves, and L at most."""
+        return jnp.minimum(view.constants.smoothness, 2 * state.curvature)
+
     def _accelerate(self, view, state: NewtonState, restart) -> NewtonState:
         """Aim at the next point of Nesterov's method with constant momentum, from x."""
-        mu, smoothness = view.constants.strong_convexity, view.constants.smoothness
+        mu, smoothness = view.constants.strong_convexity, self._steepness(view, state)
         root = jnp.sqrt(mu / smoothness)
         beta = jnp.where(restart, 0.0, (1 - root) / (1 + root))
         point = trees.add_scaled(state.x, -1.0 / smoothness, state.gradient)

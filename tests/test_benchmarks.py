@@ -26,7 +26,16 @@ from benchmarks import (  # noqa: E402
     tv,
 )
 
-SCRIPTS = ("hypergradients", "errors", "experiments", "projectors", "regularizers", "papers/ridge", "papers/paper2_foe")
+SCRIPTS = (
+    "hypergradients",
+    "errors",
+    "experiments",
+    "projectors",
+    "regularizers",
+    "ct",
+    "papers/ridge",
+    "papers/paper2_foe",
+)
 SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],

@@ -98,7 +98,8 @@ def from_callbacks(
       forward, transpose: numpy arrays to numpy arrays; they must not use JAX, which hangs inside a callback.
       in_shape, out_shape: shapes of one x and one A x.
       dtype: "float32" or "float64", the precision that both functions compute in (its complex counterpart for complex
-        kinds). Input is converted to it and the result back to the dtype of the input.
+        kinds). Input is converted to it and the result back to the dtype of the input. "float64" needs the setting
+        ``jax_enable_x64`` for the process: JAX runs callbacks in threads that do not see ``with jax.enable_x64(True)``.
       batched: the functions take (n, *in_shape) and (n, *out_shape) at once, instead of one sample at a time.
       in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
       exact_adjoint: say False if ``transpose`` is not the exact transpose; `adjoint_mismatch` measures it.

@@ -36,7 +36,7 @@ def pair_loss(params, pair, data):
     return 0.5 * jnp.sum((pair[0] - data["x"]) ** 2) + 0.5 * jnp.sum((pair[1] - data["z"]) ** 2)
 
 
-# ------------------------------------------------------------- smooth and strongly convex-concave: everything is certified
+# -------------------------------------------------------- smooth and strongly convex-concave: everything is certified
 
 SIZES = (7, 5)  # of x and y
 
@@ -47,7 +47,8 @@ def _vectors(seed: int) -> dict:
 
 
 def _matrix(seed: int) -> np.ndarray:
-    return np.random.default_rng([2, seed]).standard_normal(SIZES[::-1]) * 10 ** np.random.default_rng(seed).uniform(-1, 0)
+    rng = np.random.default_rng([2, seed])
+    return rng.standard_normal(SIZES[::-1]) * 10 ** rng.uniform(-1, 0)
 
 
 def _start(params, data):
@@ -100,7 +101,7 @@ def quadratic_exact(params, data):
 
 
 def root_prox(v, step, center, convexity, weight):
-    """Prox of convexity/2 |x - center|^2 + weight sum sqrt(1 + x^2), by Newton's method; the last steps differentiable."""
+    """Prox of convexity/2 |x - center|^2 + weight sum sqrt(1 + x^2), by Newton's method."""
 
     def newton(x):
         root = jnp.sqrt(1 + x**2)
@@ -234,3 +235,81 @@ def experts(size: int, filters: int = 3) -> Setup:
         return {"filters": jnp.asarray(kernels), "log_weights": jnp.asarray(rng.uniform(-5.0, -3.0, filters))}
 
     return Setup(problem, params, partial(_images, size))
+
+
+def _windows(fields, side: int):
+    """The side*side shifts of each field, zeros outside."""
+    height, width = fields.shape[-2:]
+    padded = jnp.pad(fields, [(0, 0)] * (fields.ndim - 2) + [(side // 2, side // 2)] * 2)
+    return [
+        [padded[..., i : i + height, j : j + width] for j in range(side)] for i in range(side)
+    ]  # fmt: skip
+
+
+def _correlate(filters, y):
+    """(2, n, H, W): the n filters of each component of y, as a sum of shifts (fastest on a CPU)."""
+    side = filters.shape[-1]
+    windows = _windows(y[:, None], side)
+    return sum(filters[..., i, j, None, None] * windows[i][j] for i in range(side) for j in range(side))
+
+
+def _correlate_transposed(filters, q):
+    """Its transpose: one small matrix product for all shifts, which are then added."""
+    components, count, side, _ = filters.shape
+    height, width = q.shape[-2:]
+    kernels = filters[..., ::-1, ::-1].reshape(components, count, side * side)
+    products = jnp.einsum("cnk,cnp->ckp", kernels, q.reshape(components, count, height * width))
+    products = jnp.pad(
+        products.reshape(components, side, side, height, width), [(0, 0)] * 3 + [(side // 2, side // 2)] * 2
+    )
+    return sum(
+        products[:, i, j, i : i + height, j : j + width] for i in range(side) for j in range(side)
+    )  # fmt: skip
+
+
+def learned_tv(weight: float = 0.075) -> jb.SaddleProblem:
+    """min_{x,q} max_y <D x - K'q, y> + 1/2 |x - u|^2 + weight |q|_{2,1,1} with learned filters K (2, n, 5, 5), as in
+    paper 3, (29): K y are n correlations of each component of the flux y. Neither modulus is known."""
+
+    def linear(filters, pair, data):
+        x, q = pair
+        return gradient(x) - _correlate_transposed(filters, q)
+
+    def transpose(filters, y, data):
+        x = sum(-_backward(y[axis], axis) for axis in (0, 1))
+        return x, -_correlate(filters, y)
+
+    def scaling(filters, data):
+        """|K|^2 by the spectra of the filters, with room for the sampling of their maximum."""
+        spectra = jnp.sum(jnp.abs(jnp.fft.fft2(filters, (32, 32))) ** 2, axis=1)
+        norm = 8 * 0.25 + 1.01 * jnp.max(spectra)
+        return (jnp.asarray(0.25, norm.dtype), jnp.ones_like(norm)), 1 / norm
+
+    def start(filters, data):
+        u = data["y"]
+        return (u, jnp.zeros((2, filters.shape[1], *u.shape), u.dtype)), jnp.zeros((2, *u.shape), u.dtype)
+
+    def prox_primal(filters, pair, step, data):
+        (x, q), (first, second) = pair, step
+        return prox.squared_distance(x, first, data["y"]), prox.group(q, second, weight, axis=0)
+
+    return jb.SaddleProblem(
+        linear, prox_primal, lambda filters, v, step, data: v, start, norm=1.0, transpose=transpose, scaling=scaling
+    )
+
+
+def _backward(y, axis: int):
+    """Minus the transpose of `forward_difference`."""
+    return -jax.linear_transpose(lambda x: forward_difference(x, axis), y)(y)[0]
+
+
+def first_filters(count: int = 8, seed: int = 0) -> np.ndarray:
+    """Near the interpolations at the positions of a pixel (Condat 2017), with noise that tells equal ones apart."""
+    filters = np.zeros((2, count, 5, 5))
+    filters[:, :, 2, 2] = 1.0
+    filters[0, 1::3, 2, 1:3], filters[1, 1::3, 1:3, 2] = 0.5, 0.5
+    return filters + 0.02 * np.random.default_rng(seed).standard_normal(filters.shape)
+
+
+def learned_tv_loss(filters, pair, data):
+    return 0.5 * jnp.sum((pair[0][0] - data["x"]) ** 2)

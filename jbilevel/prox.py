@@ -17,14 +17,19 @@ import numpy as np
 
 from jbilevel import trees
 
+FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
 NEWTON_STEPS = 6  # to rounding, from the right of the root of a convex increasing cubic
 
 
-def _length(v, axis):
-    """2-norm over ``axis`` (kept), with derivative 0 where it is 0."""
-    squared = jnp.sum(v * v, axis=axis, keepdims=True)
+def _radial(v, axis, factor):
+    """v * factor(|v|), |v| the 2-norm over ``axis`` (kept), with derivative 0 where it is 0."""
+    few = isinstance(axis, int) and v.shape[axis] <= FEW
+    parts = jax.lax.split(v, [1] * v.shape[axis], axis % v.ndim) if few else [v]
+    squared = sum(p * p for p in parts) if few else jnp.sum(v * v, axis=axis, keepdims=True)
     positive = squared > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+    scale = factor(jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0))
+    parts = [p * scale for p in parts]
+    return jax.lax.concatenate(parts, axis % v.ndim) if few else parts[0]
 
 
 def soft(v, step=1.0, weight=1.0):
@@ -40,9 +45,13 @@ def soft(v, step=1.0, weight=1.0):
 
 def group(v, step=1.0, weight=1.0, *, axis):
     """Prox of weight sum |x|_2, the 2-norm taken over ``axis``: isotropic shrinkage; derivative 0 inside."""
-    threshold, length = step * weight, _length(v, axis)
-    outside = length > threshold
-    return jnp.where(outside, v * (1.0 - threshold / jnp.where(outside, length, 1.0)), 0.0)
+    threshold = step * weight
+
+    def factor(length):
+        outside = length > threshold
+        return jnp.where(outside, 1.0 - threshold / jnp.where(outside, length, 1.0), 0.0)
+
+    return _radial(v, axis, factor)
 
 
 def box(v, lower=None, upper=None):
@@ -53,9 +62,12 @@ def box(v, lower=None, upper=None):
 
 def ball(v, radius=1.0, *, axis=None):
     """Projection onto |x|_2 <= radius, the 2-norm taken over ``axis`` (None: over the whole array)."""
-    length = _length(v, axis)
-    outside = length > radius
-    return jnp.where(outside, v * (radius / jnp.where(outside, length, 1.0)), v)
+
+    def factor(length):
+        outside = length > radius
+        return jnp.where(outside, radius / jnp.where(outside, length, 1.0), 1.0)
+
+    return _radial(v, axis, factor)
 
 
 def squared_distance(v, step, center=0.0, weight=1.0):
@@ -74,9 +86,12 @@ def huber(v, step, weight=1.0, width=1.0, *, axis=None):
     |x| is the absolute value, or with ``axis`` the 2-norm over it.
     """
     threshold = step * weight
-    length = jnp.abs(v) if axis is None else _length(v, axis)
-    far = length > width + threshold
-    return v * jnp.where(far, 1.0 - threshold / jnp.where(far, length, 1.0), 1.0 / (1.0 + threshold / width))
+
+    def factor(length):
+        far = length > width + threshold
+        return jnp.where(far, 1.0 - threshold / jnp.where(far, length, 1.0), 1.0 / (1.0 + threshold / width))
+
+    return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
 
 
 def huber_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):

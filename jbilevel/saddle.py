@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -170,7 +171,8 @@ class SaddleProblem:
         moduli = [mu(params, data) if callable(mu) else mu for mu in moduli]
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
         view = SaddleView(
-            lambda x: self.linear(params, x, data), self._transposed(params, data),
+            partial(_apart, lambda x: self.linear(params, x, data)),
+            partial(_apart, self._transposed(params, data)),
             lambda v, step: self.prox_primal(params, v, step, data),
             lambda v, step: self.prox_dual(params, v, step, data),
             *jax.lax.stop_gradient(moduli), None, self.norm is not None, jax.lax.stop_gradient(scaling),
@@ -288,3 +290,17 @@ def stretch(view: SaddleView, v, image):
     t, s = view.scaling
     size = trees.dot(v, prox.divided(v, t))
     return jnp.where(size > 0, trees.dot(image, prox.times(s, image)) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def _apart(function, v):
+    """function(v), computed once and stored: K and K* inside the loops of solvers.
+
+    XLA on a CPU fuses a convolution into all that consumes its result, and so computes it several times (13 times
+    slower where measured); a branch whose condition it cannot know keeps them apart. Numbers that large are lost.
+    """
+    first = jax.tree.leaves(v)[0]
+    lost = jnp.ravel(first)[0] > 0.5 * jnp.finfo(first.dtype).max
+    nothing = lambda v: jax.tree.map(  # noqa: E731
+        lambda o: jnp.full(o.shape, jnp.nan, o.dtype), jax.eval_shape(function, v)
+    )
+    return jax.lax.cond(lost, nothing, function, v)

@@ -47,8 +47,9 @@ class PDHG:
 
     - both moduli known: linear convergence with nu = min(1, 2 sqrt(mu_g mu_f)/||K||), tau = nu/(2 mu_g),
       sigma = nu/(2 mu_f), theta = 1/(1 + nu) (their Algorithm 3; paper 3, Algorithm 1);
-    - one modulus: O(1/k^2) by shrinking the step of that variable (Algorithm 2; for f* with the roles exchanged);
-    - none: theta = 1, tau = ratio/||K||, sigma = 1/(ratio ||K||), over-relaxed: z + relaxation (z+ - z).
+    - else theta = 1, tau = ratio/||K||, sigma = 1/(ratio ||K||), over-relaxed: z + relaxation (z+ - z);
+    - one modulus and ``accelerate``: O(1/k^2) by shrinking the step of that variable (Algorithm 2; for f* with roles
+      exchanged). That is a worst-case rate: total variation needs ten times more of these iterations than of the above.
 
     One iteration costs one K and one K*, counted as one gradient. Each iteration also gives an element of T at
     (x+, y+): r_x = (x - x+)/tau + K*(y+ - y), r_y = (y - y+)/sigma + theta K(x+ - x). Where both moduli are known it
@@ -57,15 +58,15 @@ class PDHG:
     ``info.error`` is inf. ``info.residual`` is mu_g times that bound, or ||(r_x, r_y)||_2.
 
     Args:
-      ratio: balance of the steps where no modulus decides; the right one is about ||x_hat - x0||/||y_hat - y0||.
-      relaxation: in (0, 2); None takes 1.8 where no modulus is known, else 1, the only value that is then allowed.
-      accelerate: False treats a single modulus as none.
+      ratio: balance of the steps where not both moduli decide it; about ||x_hat - x0||/||y_hat - y0|| is good.
+      relaxation: in (0, 2); None takes 1.8, or 1 where moduli choose the steps, the only value that is then allowed.
+      accelerate: make use of a single modulus.
       stride: iterations between two looks at the residual (a step limit is rounded up to a multiple of it).
     """
 
     ratio: float = 1.0
     relaxation: float | None = None
-    accelerate: bool = True
+    accelerate: bool = False
     stride: int = 10
 
     patience = 200
@@ -81,31 +82,28 @@ class PDHG:
     def init(self, view: SaddleView, x0, target) -> PDHGState:
         view, swap = self._order(view)
         x, y = swap(x0)
-        apart = _apart(target)
         dtype = trees.dtype(x0)
         norm = jnp.asarray(view.norm, dtype)
         tau, sigma = self.steps(view, norm)
-        point = Point(x, y, apart(view.linear, x), apart(view.transpose, y), tau, sigma)
-        return self._look(view, swap, point, norm, Work.zero().plus(gradients=1), apart)
+        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
+        return self._look(view, swap, point, norm, Work.zero().plus(gradients=1))
 
     def step(self, view: SaddleView, state: PDHGState, target) -> PDHGState:
         view, swap = self._order(view)
-        apart = _apart(target)
         point = state.point
         if self.stride > 1:
-            move = lambda _, point: self._move(view, point, apart)[0]  # noqa: E731
+            move = lambda _, point: self._move(view, point)[0]  # noqa: E731
             point = jax.lax.fori_loop(0, self.stride - 1, move, point)
         work = state.evaluations.plus(gradients=self.stride - 1)
-        return self._look(view, swap, point, state.norm, work, apart)
+        return self._look(view, swap, point, state.norm, work)
 
     def iterate(self, view: SaddleView, x0, steps: int):
         """(x, y) after a fixed number of iterations, differentiable in reverse through all of them."""
         view, swap = self._order(view)
         x, y = swap(x0)
-        apart = _apart(0.0)
         tau, sigma = self.steps(view, jnp.asarray(view.norm, trees.dtype(x0)))
-        point = Point(x, y, apart(view.linear, x), apart(view.transpose, y), tau, sigma)
-        point = jax.lax.scan(lambda p, _: (self._move(view, p, apart)[0], None), point, length=steps)[0]
+        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
+        point = jax.lax.scan(lambda p, _: (self._move(view, p)[0], None), point, length=steps)[0]
         return swap((point.x, point.y))
 
     def steps(self, view: SaddleView, norm):
@@ -158,16 +156,16 @@ class PDHG:
             raise ValueError("`relaxation` of PDHG must be 1 where a modulus of strong convexity is used.")
         return 1.0
 
-    def _move(self, view: SaddleView, point: Point, apart):
+    def _move(self, view: SaddleView, point: Point):
         """One iteration: (where the next one starts, the point right after the proxes, element of T there)."""
         theta, shrink = self._extrapolation(view, point.tau)
         sigma = point.sigma / shrink
         t, s = view.step_trees(point.tau, sigma)
         x = view.prox_primal(trees.sub(point.x, times(t, point.kty)), t)
-        kx = apart(view.linear, x)
+        kx = view.linear(x)
         ahead = trees.add_scaled(kx, theta, trees.sub(kx, point.kx))
         y = view.prox_dual(trees.add(point.y, times(s, ahead)), s)
-        kty = apart(view.transpose, y)
+        kty = view.transpose(y)
         after = Point(x, y, kx, kty, shrink * point.tau, sigma)
         first = trees.add(divided(trees.sub(point.x, x), t), trees.sub(kty, point.kty))
         second = trees.add_scaled(divided(trees.sub(point.y, y), s), theta, trees.sub(kx, point.kx))
@@ -177,9 +175,9 @@ class PDHG:
         relaxed = (trees.add_scaled(a, rho, trees.sub(b, a)) for a, b in zip(point[:4], after[:4], strict=True))
         return Point(*relaxed, after.tau, after.sigma), after, (first, second)
 
-    def _look(self, view: SaddleView, swap, point: Point, norm, work: Work, apart) -> PDHGState:
+    def _look(self, view: SaddleView, swap, point: Point, norm, work: Work) -> PDHGState:
         """One iteration whose residual is looked at."""
-        following, after, element = self._move(view, point, apart)
+        following, after, element = self._move(view, point)
         residual = view.measure(*(trees.norm(part) for part in element))
         # of a sum of terms of these sizes
         rounding = view.measure(
@@ -203,18 +201,3 @@ class PDHG:
         pair, element = swap((after.x, after.y)), swap(element)
         work = work.plus(gradients=1)
         return PDHGState(pair, element, residual, curvature, work, failure, following, norm)
-
-
-def _apart(target):
-    """How to apply K and K* in a loop: computed once and stored.
-
-    XLA on a CPU fuses a convolution into all that consumes its result, and so computes it several times (13 times
-    slower where measured); a branch whose condition it cannot know keeps them apart.
-    """
-    always = jnp.asarray(target) >= 0
-
-    def apply(function, v):
-        nothing = lambda v: jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(function, v))  # noqa: E731
-        return jax.lax.cond(always, function, nothing, v)
-
-    return apply

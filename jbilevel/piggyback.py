@@ -282,7 +282,7 @@ class Oracle(BatchOracle):
     def _distance(self, frozen: Frozen, element, proven):
         """Estimated distances of (x, y) from exact, and what they cost: twice the length of a short Newton step."""
         steps = errors.DISTANCE_STEPS
-        c, _, spent = frozen.improve(trees.zeros_like(element), element, steps)
+        c, _, spent = frozen.improve(trees.zeros_like(element), element, steps, frozen.enough(element))
         first, second = (2 * trees.norm(part) for part in frozen.lift(c))
         return (jnp.minimum(first, proven), second), spent
 

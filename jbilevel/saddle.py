@@ -187,13 +187,7 @@ class SaddleProblem:
         if self.transpose is not None:
             return lambda y: self.transpose(params, y, data)
         x = jax.eval_shape(self.start, params, data)[0]
-        try:
-            pull = jax.linear_transpose(lambda x: self.linear(params, x, data), x)
-        except (NotImplementedError, TypeError, AssertionError) as error:
-            raise TypeError(
-                "`linear` of a SaddleProblem must be linear in x, and JAX must be able to transpose it; pass "
-                "`transpose=` where it cannot."
-            ) from error
+        pull = jax.linear_transpose(lambda x: self.linear(params, x, data), x)
         return lambda y: pull(y)[0]
 
     def check(self, params) -> None:
@@ -226,6 +220,16 @@ class SaddleProblem:
         for name, (function, arguments, like) in calls.items():
             no_closed_over_tracer(f"`{name}`", function, *arguments)
             prox.same_output(jax.eval_shape(function, *arguments), like, f"`{name}` of a SaddleProblem")
+        self._require_transpose(params, data, y)
+
+    def _require_transpose(self, params, data, y) -> None:
+        try:
+            jax.eval_shape(self._transposed(params, data), y)
+        except (NotImplementedError, AssertionError) as error:
+            raise TypeError(
+                "`linear` of a SaddleProblem must be linear in x, and JAX must be able to transpose it; pass "
+                "`transpose=` where it cannot."
+            ) from error
 
     def verify(self, params, data, *, step=0.5, scale: float = 1.0, tol: float = 1e-5) -> None:
         """Check with numbers what `validate` cannot see; meant for tests, in float64 and outside jit.
@@ -282,14 +286,14 @@ def power_norm(view: SaddleView, x, steps: int = POWER_STEPS):
         return normalised(prox.times(t, view.transpose(prox.times(s, view.linear(v)))))
 
     v = jax.lax.fori_loop(0, steps, step, normalised(_random_like(x, 0)))
-    return jnp.sqrt(stretch(view, v, view.linear(v)))
+    length, image = lengths(view, v, view.linear(v))
+    return jnp.where(length > 0, image / jnp.where(length > 0, length, 1.0), 0.0)
 
 
-def stretch(view: SaddleView, v, image):
-    """||K v||^2/||v||^2 in the norms of the scaling, 0 for v = 0."""
+def lengths(view: SaddleView, v, image):
+    """Of v and of K v in the norms of the scaling, in which ``norm`` bounds their ratio."""
     t, s = view.scaling
-    size = trees.dot(v, prox.divided(v, t))
-    return jnp.where(size > 0, trees.dot(image, prox.times(s, image)) / jnp.where(size > 0, size, 1.0), 0.0)
+    return jnp.sqrt(trees.dot(v, prox.divided(v, t))), jnp.sqrt(trees.dot(image, prox.times(s, image)))
 
 
 def _apart(function, v):

@@ -89,7 +89,11 @@ class Frozen(NamedTuple):
         second = trees.add(trees.add(divided(y, self.sigma), defect[1]), trees.add(self.view.linear(x), slopes[1]))
         return first, second
 
-    def improve(self, c, defect, steps):
+    def enough(self, defect):
+        """Where MINRES on the system made symmetric may stop."""
+        return ENOUGH * trees.norm(self.lift(defect))
+
+    def improve(self, c, defect, steps, tol):
         """(c, defect, products): ``steps`` MINRES steps on the system, made symmetric by applying `lift` to it.
 
         The part of c that `lift` does not see follows from its own equations, to which K contributes nothing.
@@ -102,7 +106,6 @@ class Frozen(NamedTuple):
 
         x, y = self.lift(defect)
         rhs = (trees.neg(x), y)
-        tol = ENOUGH * trees.norm(rhs)
         found = minimal_residual(symmetric, rhs, trees.zeros_like(rhs), tol, steps, zero_start=True)
         defect = trees.add(defect, self.product(found.x))
         unseen = tuple(trees.sub(d, pull(d)) for d, pull in zip(defect, (self.pull_x, self.pull_y), strict=True))
@@ -140,8 +143,9 @@ def newton_step(frozen: Frozen, loss_gradient, c, steps: int, tau, sigma) -> Cor
     view, half = frozen.view, max(steps // 2, 1)
     element = frozen.element()
     zero = trees.zeros_like(c)
-    first, rest, spent = frozen.improve(zero, element, half)
-    move, _, more = frozen.improve(first, rest, steps - half)
+    tol = frozen.enough(element)
+    first, rest, spent = frozen.improve(zero, element, half, tol)
+    move, _, more = frozen.improve(first, rest, steps - half, tol)
 
     def moved(move):
         p, r = trees.add(frozen.p, times(frozen.tau, move[0])), trees.add(frozen.r, times(frozen.sigma, move[1]))
@@ -156,8 +160,9 @@ def newton_step(frozen: Frozen, loss_gradient, c, steps: int, tau, sigma) -> Cor
     new_element = fresh.element()
     slopes = loss_gradient((fresh.x, fresh.y))
     missing = fresh.defect(c, slopes)
-    c_half, rest, half_spent = fresh.improve(c, missing, half)
-    c_new, defect, last_spent = fresh.improve(c_half, rest, steps - half)
+    tol = fresh.enough(missing)
+    c_half, rest, half_spent = fresh.improve(c, missing, half, tol)
+    c_new, defect, last_spent = fresh.improve(c_half, rest, steps - half, tol)
     left = jnp.maximum(
         _share(measure(view, new_element), before), _share(measure(view, defect), measure(view, missing))
     )

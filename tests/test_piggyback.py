@@ -53,21 +53,20 @@ def quadratic_gradient(params, batch):
     return jax.value_and_grad(mean)(params)
 
 
-@MODES
-@pytest.mark.parametrize("correct", [False, True])
-def test_closed_form(mode, correct):
+@pytest.mark.parametrize("options", [{}, {"correct": True}, {"mode": "simultaneous", "estimate": False}], ids=str)
+def test_closed_form(options):
     """All parameters at once: the matrix K, and one in either prox; a loss of both unknowns."""
-    params, batch = QUADRATIC.params(0), batch_of(QUADRATIC, 0, 3)
-    hg = oracle(QUADRATIC, pair_loss, mode=mode, correct=correct)(params, batch, tol=1e-12)
+    params, batch = QUADRATIC.params(0), batch_of(QUADRATIC, 0, 2)
+    hg = oracle(QUADRATIC, pair_loss, **options)(params, batch, tol=1e-12)
     jb.check(hg)
     value, gradient = quadratic_gradient(params, batch)
     assert float(hg.value) == pytest.approx(float(value), rel=1e-12)
     assert relative(hg.grad, gradient) <= 1e-9
-    assert hg.lower.steps.shape == hg.adjoint.steps.shape == (3,)
+    assert hg.lower.steps.shape == hg.adjoint.steps.shape == (2,)
 
 
 def test_parameters_of_a_prox_to_ten_digits():
-    params, batch = QUADRATIC.params(2), batch_of(QUADRATIC, 2)
+    params, batch = QUADRATIC.params(2), batch_of(QUADRATIC, 2, 2)
     hg = oracle(QUADRATIC, pair_loss)(params, batch, tol=1e-14)
     for name in ("a", "b"):
         assert float(hg.grad[name]) == pytest.approx(float(quadratic_gradient(params, batch)[1][name]), rel=1e-10)
@@ -81,7 +80,7 @@ def test_loss_of_the_parameters_and_weights_of_samples():
     exact = lambda params, data: loss(params, quadratic_exact(params, data), data)  # noqa: E731
     first, second = (jax.grad(exact)(params, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in (0, 1))
     expected = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, first, second)
-    hg = oracle(QUADRATIC, loss)(params, batch, tol=1e-12, sample_weight=jnp.array([1.0, 3.0]))
+    hg = oracle(QUADRATIC, loss, estimate=False)(params, batch, tol=1e-12, sample_weight=jnp.array([1.0, 3.0]))
     assert relative(hg.grad, expected) <= 1e-9
 
 
@@ -91,7 +90,9 @@ def test_huber_tv_four_ways():
     batch = batch_of(HUBER, 0)
     found = oracle(HUBER, image_loss)(params, batch, tol=1e-11).grad
     smooth = jb.SmoothProblem(huber_energy, lambda p, data: data["y"], strong_convexity=1.0)
-    implicit = jb.implicit.Oracle(smooth, lambda p, x, data: image_loss(p, (x,), data))(params, batch, tol=1e-11).grad
+    loss = lambda p, x, data: image_loss(p, (x,), data)  # noqa: E731
+    own = jb.implicit.Oracle(smooth, loss, solver=jb.solvers.AGD(), estimate=False)
+    implicit = own(params, batch, tol=1e-11).grad
 
     @jax.jit
     def unrolled(params):
@@ -110,14 +111,20 @@ def test_differences(setup):
     found = oracle(setup, image_loss)(params, batch, tol=1e-11).grad
     point, assemble = ravel_pytree(params)
     direction = np.random.default_rng(0).standard_normal(point.size)
-    line = lambda t: oracle(setup, image_loss).value(  # noqa: E731
-        assemble(point + t * direction), batch, tol=1e-13
-    ).value
-    assert direction @ flat(found) == pytest.approx(float(central_differences(line, jnp.asarray(0.0), 1e-6)[0]), rel=1e-6)
+    line = lambda t: (
+        oracle(setup, image_loss)
+        .value(  # noqa: E731
+            assemble(point + t * direction), batch, tol=1e-13
+        )
+        .value
+    )
+    assert direction @ flat(found) == pytest.approx(
+        float(central_differences(line, jnp.asarray(0.0), 1e-6)[0]), rel=1e-6
+    )
 
 
 def test_steps_that_are_pytrees():
-    """The learned discretisation of TV: blocks with steps of their own; the solve is exact for a quadratic group prox."""
+    """The learned discretisation of TV: blocks with steps of their own, smoothed so that differences mean something."""
 
     def smooth_prox(filters, pair, step, data):
         (x, q), (first, second) = pair, step
@@ -129,8 +136,8 @@ def test_steps_that_are_pytrees():
     )
     filters = jnp.asarray(first_filters(3))
     batch = jax.tree.map(lambda leaf: leaf[:, :6, :6], batch_of(HUBER, 0))
-    own = jb.piggyback.Oracle(problem, learned_tv_loss)
-    hg = own(filters, batch, tol=1e-10)
+    own = jb.piggyback.Oracle(problem, learned_tv_loss, max_steps=20000, max_adjoint_steps=20000, estimate=False)
+    hg = own(filters, batch, tol=1e-10, adjoint_tol=1e-9)
     jb.check(hg)
     assert not hg.certified and np.isinf(hg.lower.error)
     direction = np.random.default_rng(0).standard_normal(filters.shape)
@@ -174,15 +181,18 @@ def test_saddle_point_does_not_fail_silently():
 
 
 def exact_hypergradient(setup, loss, params, batch):
-    hg = oracle(setup, loss, correct=True, error_steps=60)(params, batch, tol=1e-12)
+    hg = oracle(setup, loss, correct=True, loss_smoothness=1.0)(params, batch, tol=1e-12)
     jb.check(hg)
     return hg
 
 
-@pytest.mark.parametrize("setup, loss", [(QUADRATIC, pair_loss), (ROOTS, pair_loss), (ROOTS, image_loss)])
+@pytest.mark.parametrize(
+    "setup, loss",
+    [(QUADRATIC, pair_loss), (ROOTS, image_loss), pytest.param(ROOTS, pair_loss, marks=pytest.mark.slow)],
+)
 def test_bounds_hold(setup, loss):
     """Of x, of the value and of the hypergradient, from hardly solved to well solved."""
-    own, corrected = (oracle(setup, loss, loss_smoothness=1.0, correct=c, error_steps=4) for c in (False, True))
+    own, corrected = (oracle(setup, loss, loss_smoothness=1.0, correct=c, estimate=False) for c in (False, True))
     for seed in range(12):
         params, batch = setup.params(seed), batch_of(setup, seed)
         exact = exact_hypergradient(setup, loss, params, batch)
@@ -198,22 +208,23 @@ def test_bounds_hold(setup, loss):
 
 
 def test_nothing_is_certified_without_constants():
-    params, batch = ROOTS.params(0), batch_of(ROOTS, 0)
-    bare = replace(ROOTS.problem, constants=None)
+    params, batch = QUADRATIC.params(0), batch_of(QUADRATIC, 0)
+    bare = replace(QUADRATIC.problem, constants=None)
     for problem in (bare, replace(bare, norm=None), replace(bare, mu_dual=0.0)):
-        hg = jb.piggyback.Oracle(problem, image_loss, loss_smoothness=1.0)(params, batch, tol=1e-4)
+        hg = jb.piggyback.Oracle(problem, pair_loss, loss_smoothness=1.0, estimate=False)(params, batch, tol=1e-4)
         jb.check(hg)
-        assert not hg.certified and np.isposinf(hg.bound) and np.isfinite(hg.error)
-    hg = oracle(ROOTS, image_loss)(params, batch, tol=1e-4)  # loss_smoothness is missing
+        assert not hg.certified and np.isposinf(hg.bound)
+    hg = oracle(QUADRATIC, pair_loss, estimate=False)(params, batch, tol=1e-4)  # loss_smoothness is missing
     assert not hg.certified
 
 
 @pytest.mark.parametrize("setup", [HUBER, EXPERTS], ids=["huber", "experts"])
-@MODES
+@pytest.mark.parametrize("mode", ["sequential", pytest.param("simultaneous", marks=pytest.mark.slow)])
 def test_estimates_and_corrections(setup, mode):
-    """Estimate over true error within [0.5, 5] in 95 % of the cases; correcting gains; the rest is not underestimated."""
-    plain, corrected = (oracle(setup, image_loss, mode=mode, correct=c) for c in (False, True))
-    ratios, gains, value_ratios = [], [], []
+    """Estimate over true error within [0.5, 5] in 95 % of the cases; what a correction leaves is not underestimated."""
+    plain = oracle(setup, image_loss, mode=mode)
+    corrected = oracle(setup, image_loss, mode=mode, correct=True, loss_smoothness=1.0)
+    ratios, gains, rests, value_ratios = [], [], [], []
     for seed in range(8):
         params, batch = setup.params(seed), batch_of(setup, seed)
         exact = exact_hypergradient(setup, image_loss, params, batch)
@@ -222,9 +233,11 @@ def test_estimates_and_corrections(setup, mode):
             true, left = (np.linalg.norm(flat(h.grad) - flat(exact.grad)) for h in (hg, better))
             ratios.append(float(hg.error) / true)
             gains.append(true / left)
+            rests.append(float(better.error) / left)
             value_ratios.append(float(hg.value_error) / abs(float(hg.value - exact.value)))
     assert np.mean((np.array(ratios) >= 0.5) & (np.array(ratios) <= 5)) >= 0.95
     assert np.median(gains) >= 5
+    assert np.mean(np.array(rests) >= 0.5) >= 0.9
     assert np.mean(np.array(value_ratios) >= 0.5) >= 0.95
 
 
@@ -257,8 +270,8 @@ def test_memory_does_not_grow_with_the_iterations():
 
 @MODES
 def test_one_compilation(mode):
-    params, batch = HUBER.params(0), batch_of(HUBER, 0, 2)
-    own = oracle(HUBER, image_loss, mode=mode)
+    params, batch = HUBER.params(0), batch_of(HUBER, 0)
+    own = oracle(HUBER, image_loss, **({} if mode == "sequential" else {"mode": mode, "estimate": False}))
     hg = own(params, batch, tol=1e-1)
     v = own.value(params, batch, tol=1e-1)
     with compilations() as compiled:
@@ -269,7 +282,7 @@ def test_one_compilation(mode):
 
 
 def test_warm_starts_of_both_adjoints():
-    params, batch = HUBER.params(0), batch_of(HUBER, 0, 2)
+    params, batch = HUBER.params(0), batch_of(HUBER, 0)
     own = oracle(HUBER, image_loss, estimate=False)
     first = own(params, batch, tol=1e-6)
     again = own(params, batch, first.warm, tol=1e-6)
@@ -303,9 +316,9 @@ def test_certified_maid_needs_the_moduli():
 def test_bad_input_is_named():
     params, batch = HUBER.params(0), batch_of(HUBER, 0, 3)
     bad = batch | {"y": batch["y"].at[1, 2, 2].set(jnp.nan)}
-    hg = oracle(HUBER, image_loss)(params, bad, tol=1e-3)
+    hg = oracle(HUBER, image_loss, estimate=False)(params, bad, tol=1e-3)
     assert list(hg.lower.status == jb.Status.NONFINITE) == [False, True, False] and np.isnan(hg.value)
-    small = jb.piggyback.Oracle(replace(HUBER.problem, norm=0.5), image_loss)(params, batch, tol=1e-3)
+    small = jb.piggyback.Oracle(replace(HUBER.problem, norm=0.5), image_loss, estimate=False)(params, batch, tol=1e-3)
     assert small.status == jb.Status.NORM_BOUND and np.isnan(small.value)
     with pytest.raises(TypeError, match="piggyback needs a jb.SaddleProblem"):
         jb.piggyback.Oracle(jb.SmoothProblem(huber_energy, lambda p, data: data["y"]), image_loss)

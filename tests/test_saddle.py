@@ -108,7 +108,7 @@ def test_steps_obey_the_norm_and_reach_the_solution(known, accelerate):
     found = states()
     matrix = np.linalg.norm(params["K"], 2)
     assert np.all(found.point.tau * found.point.sigma * matrix**2 <= 1 + 1e-12)
-    away = [np.linalg.norm(part - hat, axis=1) for part, hat in zip(found.x, exact, strict=True)]
+    away = [np.linalg.norm(part - hat[None], axis=1) for part, hat in zip(found.x, exact, strict=True)]
     if accelerate and known in ("primal", "dual"):
         # Chambolle & Pock 2011, Theorem 2, with tau = sigma = 1/||K|| at the start; twice that for its (1 + epsilon)
         own, mu = (away[0], params["a"]) if known == "primal" else (away[1], params["b"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jbilevel import trees
 from jbilevel.prox import divided, times
 from jbilevel.results import RUNNING, Status, Work
-from jbilevel.saddle import SaddleView, stretch
+from jbilevel.saddle import SaddleView, lengths
 
 # a ||K v||/||v|| this far above the bound is no rounding; an estimated bound is then raised with some margin
 EXCESS, MARGIN = 1e-3, 1.05
@@ -186,15 +186,14 @@ class PDHG:
         )
         size = jnp.sqrt(trees.squared_norm(after.x) + trees.squared_norm(after.y))
         curvature = jnp.where(size > 0, rounding / jnp.where(size > 0, size, 1.0), 0.0)
-        moved, image = trees.sub(after.x, point.x), trees.sub(after.kx, point.kx)
-        noise = 64 * trees.eps(after.x) * trees.norm(after.kx)
-        met = jnp.sqrt(stretch(view, moved, image))
-        beyond = (met > (1 + EXCESS) * norm) & (trees.norm(image) > noise)
+        moved, image = lengths(view, trees.sub(after.x, point.x), trees.sub(after.kx, point.kx))
+        noise = 64 * trees.eps(after.x) * sum(lengths(view, trees.scale(norm, after.x), after.kx))
+        beyond = image > (1 + EXCESS) * norm * moved + noise
         failure = jnp.full((), RUNNING, jnp.int32)
         if view.proven_norm:
             failure = jnp.where(beyond, Status.NORM_BOUND, failure).astype(jnp.int32)
         elif view.steps is None:
-            raised = jnp.where(beyond, MARGIN * met, norm)
+            raised = jnp.where(beyond, MARGIN * image / jnp.where(moved > 0, moved, 1.0), norm)
             factor = norm / jnp.where(raised > 0, raised, 1.0)
             following = following._replace(tau=factor * following.tau, sigma=factor * following.sigma)
             norm = raised

@@ -150,7 +150,7 @@ def gradient(x):
     return jnp.stack([forward_difference(x, axis) for axis in (0, 1)])
 
 
-def _images(size: int, seed: int) -> dict:
+def images(size: int, seed: int) -> dict:
     """A piecewise constant image on a ramp, and the same with noise of standard deviation 0.1."""
     rng = np.random.default_rng([size, seed])
     clean = np.tile(0.2 * np.linspace(0, 1, size), (size, 1))
@@ -186,7 +186,7 @@ def huber_tv(size: int, weight=(-3.0, -2.0), width=(-4.5, -2.5)) -> Setup:
         norm=8**0.5,
     )
     draw = lambda seed: np.random.default_rng([5, seed]).uniform(*zip(weight, width, strict=True))  # noqa: E731
-    return Setup(problem, lambda seed: jnp.asarray(draw(seed)), partial(_images, size))
+    return Setup(problem, lambda seed: jnp.asarray(draw(seed)), partial(images, size))
 
 
 def total_variation(size: int) -> Setup:
@@ -199,7 +199,7 @@ def total_variation(size: int) -> Setup:
         mu_primal=1.0,
         norm=8**0.5,
     )
-    return Setup(problem, lambda seed: jnp.asarray(-2.5), partial(_images, size))
+    return Setup(problem, lambda seed: jnp.asarray(-2.5), partial(images, size))
 
 
 def _responses(filters, x):
@@ -234,7 +234,7 @@ def experts(size: int, filters: int = 3) -> Setup:
         kernels /= np.linalg.norm(kernels, axis=(1, 2), keepdims=True)
         return {"filters": jnp.asarray(kernels), "log_weights": jnp.asarray(rng.uniform(-5.0, -3.0, filters))}
 
-    return Setup(problem, params, partial(_images, size))
+    return Setup(problem, params, partial(images, size))
 
 
 def _windows(fields, side: int):

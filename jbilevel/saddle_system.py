@@ -17,8 +17,10 @@ from jbilevel.prox import divided, times
 from jbilevel.saddle import SaddleView
 from jbilevel.solvers.minres import iterate as minimal_residual
 
-# MINRES in a Newton step stops early once it removed all but this share of the residual
+# MINRES in a Newton step stops once it removed all but this share of the residual, in either half of its steps
 ENOUGH = 1e-3
+# what a Newton step left of the error, per what it left of the residual: errors lie where the system is weak
+CAUTION = 5.0
 
 
 class Arguments(NamedTuple):
@@ -145,7 +147,7 @@ def newton_step(frozen: Frozen, loss_gradient, c, steps: int, tau, sigma) -> Cor
     zero = trees.zeros_like(c)
     tol = frozen.enough(element)
     first, rest, spent = frozen.improve(zero, element, half, tol)
-    move, _, more = frozen.improve(first, rest, steps - half, tol)
+    move, _, more = frozen.improve(first, rest, steps - half, ENOUGH * tol)
 
     def moved(move):
         p, r = trees.add(frozen.p, times(frozen.tau, move[0])), trees.add(frozen.r, times(frozen.sigma, move[1]))
@@ -162,14 +164,14 @@ def newton_step(frozen: Frozen, loss_gradient, c, steps: int, tau, sigma) -> Cor
     missing = fresh.defect(c, slopes)
     tol = fresh.enough(missing)
     c_half, rest, half_spent = fresh.improve(c, missing, half, tol)
-    c_new, defect, last_spent = fresh.improve(c_half, rest, steps - half, tol)
+    c_new, defect, last_spent = fresh.improve(c_half, rest, steps - half, ENOUGH * tol)
     left = jnp.maximum(
         _share(measure(view, new_element), before), _share(measure(view, defect), measure(view, missing))
     )
     products = spent + more + half_spent + last_spent + 4
     return Correction(
         Arguments(p, r, c_new, tau, sigma), Arguments(halfway.p, halfway.r, c_half, tau, sigma), fresh, new_element,
-        defect, left, products,
+        defect, CAUTION * left, products,
     )  # fmt: skip
 
 

@@ -104,25 +104,22 @@ def test_huber_tv_four_ways():
         assert relative(found, other) <= 1e-6
 
 
-@pytest.mark.parametrize("setup", [EXPERTS, ROOTS], ids=["experts", "roots"])
+@pytest.mark.parametrize("setup", [EXPERTS, pytest.param(ROOTS, marks=pytest.mark.slow)], ids=["experts", "roots"])
 def test_differences(setup):
     """Filters and weights in K and in the conjugate of psi_w; parameters of a prox found by Newton's method."""
     params, batch = setup.params(1), batch_of(setup, 1)
     found = oracle(setup, image_loss)(params, batch, tol=1e-11).grad
     point, assemble = ravel_pytree(params)
     direction = np.random.default_rng(0).standard_normal(point.size)
-    line = lambda t: (
-        oracle(setup, image_loss)
-        .value(  # noqa: E731
-            assemble(point + t * direction), batch, tol=1e-13
-        )
-        .value
-    )
-    assert direction @ flat(found) == pytest.approx(
-        float(central_differences(line, jnp.asarray(0.0), 1e-6)[0]), rel=1e-6
-    )
+
+    def line(t):
+        return oracle(setup, image_loss).value(assemble(point + t * direction), batch, tol=1e-13).value
+
+    slope = float(central_differences(line, jnp.asarray(0.0), 1e-6)[0])
+    assert direction @ flat(found) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_that_are_pytrees():
     """The learned discretisation of TV: blocks with steps of their own, smoothed so that differences mean something."""
 
@@ -188,7 +185,11 @@ def exact_hypergradient(setup, loss, params, batch):
 
 @pytest.mark.parametrize(
     "setup, loss",
-    [(QUADRATIC, pair_loss), (ROOTS, image_loss), pytest.param(ROOTS, pair_loss, marks=pytest.mark.slow)],
+    [
+        (QUADRATIC, pair_loss),
+        pytest.param(ROOTS, image_loss, marks=pytest.mark.slow),
+        pytest.param(ROOTS, pair_loss, marks=pytest.mark.slow),
+    ],
 )
 def test_bounds_hold(setup, loss):
     """Of x, of the value and of the hypergradient, from hardly solved to well solved."""
@@ -218,7 +219,7 @@ def test_nothing_is_certified_without_constants():
     assert not hg.certified
 
 
-@pytest.mark.parametrize("setup", [HUBER, EXPERTS], ids=["huber", "experts"])
+@pytest.mark.parametrize("setup", [HUBER, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["huber", "experts"])
 @pytest.mark.parametrize("mode", ["sequential", pytest.param("simultaneous", marks=pytest.mark.slow)])
 def test_estimates_and_corrections(setup, mode):
     """Estimate over true error within [0.5, 5] in 95 % of the cases; what a correction leaves is not underestimated."""

@@ -8,6 +8,8 @@ from jbilevel import losses as losses
 from jbilevel import metrics as metrics
 from jbilevel import nets as nets
 from jbilevel import operators as operators
+from jbilevel import piggyback as piggyback
+from jbilevel import prox as prox
 from jbilevel import regularizers as regularizers
 from jbilevel import solvers as solvers
 from jbilevel import unroll as unroll
@@ -29,5 +31,6 @@ from jbilevel.results import Status as Status
 from jbilevel.results import Value as Value
 from jbilevel.results import Warm as Warm
 from jbilevel.results import check as check
+from jbilevel.saddle import SaddleProblem as SaddleProblem
 from jbilevel.solvers import solve as solve
 from jbilevel.variational import variational as variational

@@ -18,3 +18,16 @@ class Constants(NamedTuple):
     hessian_lipschitz: Any = None
     mixed_lipschitz: Any = None
     mixed_norm: Any = None
+
+
+class SaddleConstants(NamedTuple):
+    """What certified hypergradients of a saddle point need beside the moduli: `jbilevel.errors.saddle_certificate`.
+
+    primal, dual: of g and f* (their hessian_lipschitz, mixed_lipschitz and mixed_norm count, 0 for a quadratic and for
+    one without parameters). linear_mixed: J with |<(d_params K)[e] x, y>| <= J ||e|| ||x|| ||y||; 1 where the
+    parameters are the entries of K, 0 where K has none.
+    """
+
+    primal: Constants = Constants()
+    dual: Constants = Constants()
+    linear_mixed: Any = None

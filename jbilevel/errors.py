@@ -172,3 +172,74 @@ def depends_on_params(loss, params, x, data) -> bool:
     inputs = {id(v) for v in jaxpr.invars[:count]}
     used = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
     return any(id(v) in inputs for v in used)
+
+
+class SaddlePair(NamedTuple):
+    """2-norms of an inexact saddle point (x, y), its adjoint (X, Y), and proven distances of (x, y) from exact.
+
+    defect: of (G X + K*Y + grad_x l, F Y - K X - grad_y l), G and F the Hessians of g and f* at (x, y).
+    """
+
+    point: tuple
+    adjoint: tuple
+    defect: tuple
+    error: tuple
+
+
+def saddle_certificate(view, constants, loss_smoothness, sees_dual: bool, pair: SaddlePair, direct: bool):
+    """Proven bound on ||z - exact hypergradient|| of a saddle point (in exact arithmetic), inf where one is missing.
+
+    z = d_params[<K x, Y> + <K X, y> + <grad g(x), X> - <grad f*(y), Y>]. At the exact (x_hat, y_hat) the adjoint system
+    of (X, Y) has a defect of at most R_x = defect_x + (L_g'' |X| + L) eps_x, and R_y likewise; its operator is strongly
+    monotone, so that the distances E_x, E_y of (X, Y) from the exact adjoint follow from (R_x, R_y) as those of (x, y)
+    from its residuals (`SaddleView.bounds`). This is (13)-(14) of paper 3 without inverse Hessians, hence with smaller
+    constants, and for parameters in the proxes too; the sum below is its (16).
+    """
+    first, second, mixed = constants.primal, constants.dual, constants.linear_mixed
+    needed = [loss_smoothness, mixed]
+    needed += [getattr(c, n) for c in (first, second) for n in ("hessian_lipschitz", "mixed_lipschitz", "mixed_norm")]
+    error_x, error_y = pair.error
+    if direct or view.certified is False or not view.proven_norm or any(c is None for c in needed):
+        return jnp.full_like(error_x, jnp.inf)
+    (x, y), (adjoint_x, adjoint_y), (defect_x, defect_y) = pair.point, pair.adjoint, pair.defect
+    rise = loss_smoothness * (jnp.hypot(error_x, error_y) if sees_dual else error_x)
+    drift_x = defect_x + first.hessian_lipschitz * adjoint_x * error_x + rise
+    drift_y = defect_y + second.hessian_lipschitz * adjoint_y * error_y + (rise if sees_dual else 0.0)
+    off_x, off_y = view.bounds(drift_x, drift_y)
+    bound = mixed * (y * off_x + (adjoint_x + off_x) * error_y + x * off_y + (adjoint_y + off_y) * error_x)
+    for c, off, adjoint, error in ((first, off_x, adjoint_x, error_x), (second, off_y, adjoint_y, error_y)):
+        bound = bound + c.mixed_norm * off + c.mixed_lipschitz * error * (adjoint + off)
+    return jnp.where(jnp.isfinite(error_x), bound, jnp.inf).astype(error_x.dtype)
+
+
+def saddle_value_errors(constants, loss_smoothness, slope, sees_dual: bool, shift, pair: SaddlePair, likely):
+    """`value_errors` of a saddle point: loss(x_hat, y_hat) = loss(x, y) - shift + rest, shift = <Y, r_y> - <X, r_x>.
+
+    |rest| <= |defect_x| eps_x + |defect_y| eps_y + sum of (L + L'' |adjoint|) eps^2/2, for any (X, Y), because
+    T(x_hat, y_hat) = 0 contains T(x, y) - (derivative of T)(error). slope: norms of the two parts of grad loss.
+    likely: estimated distances, for the estimate, which leaves L'' out and takes L = 1 where it is not given.
+    """
+    see = (1.0, 1.0 if sees_dual else 0.0)
+
+    def rest(smoothness, first, bends, errors):
+        """sum of first eps + (smoothness + bend) eps^2/2, where 0 * inf is 0."""
+        linear = sum(_times(a, e) for a, e in zip(first, errors, strict=True))
+        curved = (_times(smoothness * s + b, e**2) for s, b, e in zip(see, bends, errors, strict=True))
+        return linear + 0.5 * sum(curved)
+
+    none = (0.0, 0.0)
+    estimate = rest(1.0 if loss_smoothness is None else loss_smoothness, pair.defect, none, likely)
+    direct = weighted = jnp.full_like(shift, jnp.inf)
+    if loss_smoothness is not None:
+        direct = rest(loss_smoothness, [a * s for a, s in zip(slope, see, strict=True)], none, pair.error)
+        bends = (constants.primal.hessian_lipschitz, constants.dual.hessian_lipschitz)
+        if None not in bends:
+            bends = [b * a for b, a in zip(bends, pair.adjoint, strict=True)]
+            weighted = rest(loss_smoothness, pair.defect, bends, pair.error)
+    away = jnp.abs(shift)
+    return ValueErrors(shift, estimate, jnp.minimum(direct, away + weighted), jnp.minimum(weighted, away + direct))
+
+
+def _times(size, error):
+    size = jnp.asarray(size, error.dtype)
+    return jnp.where(size == 0, 0.0, size * error)

@@ -117,9 +117,9 @@ class Oracle(BatchOracle):
             adjoint = adjoint._replace(evaluations=adjoint.evaluations.join(correction.evaluations))
         if self.correct:
             pair = correction.pair
-            lower = _after_correction(lower, pair.residual, tol * view.tolerance_scale)
+            lower = after_correction(lower, pair.residual, tol * view.tolerance_scale)
             lower = lower._replace(error=view.error_bound(pair.residual))
-            adjoint = _after_correction(adjoint, pair.defect, adjoint_tol)
+            adjoint = after_correction(adjoint, pair.defect, adjoint_tol)
         likely, spent = errors.distance(view.constants, product, pair.gradient, lower.error, self.correct)
         lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
         adjoint = adjoint._replace(error=view.error_bound(adjoint.residual))
@@ -150,7 +150,7 @@ class Oracle(BatchOracle):
         return self.loss(params, x, data) - self.problem.at(params, data).slope(x, q)
 
 
-def _after_correction(info: SolveInfo, residual, target) -> SolveInfo:
+def after_correction(info: SolveInfo, residual, target) -> SolveInfo:
     """A correction may meet a tolerance that the solve before it missed."""
     met = (residual <= target) & (info.status < Status.INDEFINITE)
     return info._replace(status=jnp.where(met, Status.CONVERGED, info.status).astype(jnp.int32), residual=residual)
@@ -279,7 +279,7 @@ def _argmin_backward(spec: _Spec, kept, cotangent):
 
     leaves, treedef = jax.tree.flatten((params, data))
     gradients = _pull_back(spec, params, data, x, q)
-    gradients = [_no_gradient(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+    gradients = [no_gradient(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
     return *jax.tree.unflatten(treedef, gradients), None, None, None
 
 
@@ -295,7 +295,7 @@ def _pull_back(spec: _Spec, params, data, x, q):
     return jax.grad(pairing)([leaf if trees.is_inexact(leaf) else None for leaf in leaves])
 
 
-def _no_gradient(leaf):
+def no_gradient(leaf):
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 

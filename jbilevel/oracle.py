@@ -284,7 +284,9 @@ def _over_samples(function):
 
 def _named(sample: Sample) -> Sample:
     """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
-    status = jnp.where(jnp.isfinite(sample.value), sample.lower.status, Status.NONFINITE).astype(jnp.int32)
+    status = jnp.maximum(sample.lower.status, jnp.where(jnp.isfinite(sample.value), 0, Status.NONFINITE)).astype(
+        jnp.int32
+    )
     return sample._replace(lower=sample.lower._replace(status=status))
 
 

@@ -168,17 +168,7 @@ class SmoothProblem:
 
     def start(self, params, data):
         """The cold start as arrays; real inexact leaves only."""
-        # strongly typed, like what solvers return: a warm start then compiles nothing new
-        x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), self.init(params, data))
-        if not jax.tree.leaves(x0):
-            raise TypeError(f"init(params, data) must return the start x0 as arrays, got {x0}.")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(x0):
-            name = f"init(params, data){jax.tree_util.keystr(path)}"
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                raise TypeError(f"{name} is complex; split the unknown into real and imaginary parts.")
-            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-                raise TypeError(f"{name} has dtype {leaf.dtype}; return a float array, e.g. x0.astype(float).")
-        return x0
+        return as_start(self.init(params, data))
 
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
@@ -186,9 +176,24 @@ class SmoothProblem:
         validate_arrays(data, "data")
         start = jax.eval_shape(self.start, params, data)
         if x0 is not None:
-            _same_shapes(x0, start)
-        _no_closed_over_tracer(self.energy, params, start, data)
+            same_shapes(x0, start)
+        no_closed_over_tracer("energy", self.energy, params, start, data)
         trace_scalar(self.energy, "energy", params, start, data)
+
+
+def as_start(x0):
+    """What a user's init returned, as real arrays; strongly typed like what solvers return, so that a warm start
+    compiles nothing new."""
+    x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), x0)
+    if not jax.tree.leaves(x0):
+        raise TypeError(f"init(params, data) must return the start x0 as arrays, got {x0}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x0):
+        name = f"init(params, data){jax.tree_util.keystr(path)}"
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} is complex; split the unknown into real and imaginary parts.")
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(f"{name} has dtype {leaf.dtype}; return a float array, e.g. x0.astype(float).")
+    return x0
 
 
 def require_scalar(out, name: str) -> None:
@@ -257,7 +262,7 @@ def validate_arrays(tree, name: str) -> None:
             )
 
 
-def _same_shapes(x0, start) -> None:
+def same_shapes(x0, start) -> None:
     if jax.tree.structure(x0) != jax.tree.structure(start):
         raise ValueError(f"x0 has structure {jax.tree.structure(x0)}, init returns {jax.tree.structure(start)}.")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(start), strict=True):
@@ -265,11 +270,11 @@ def _same_shapes(x0, start) -> None:
             raise ValueError(f"x0{jax.tree_util.keystr(path)} has shape {jnp.shape(a)}, init returns {b.shape}.")
 
 
-def _no_closed_over_tracer(function, *arguments) -> None:
+def no_closed_over_tracer(name: str, function, *arguments) -> None:
     """A traced value hidden in a closure would get no gradient, silently."""
     for constant in jax.make_jaxpr(function)(*arguments).consts:
         if isinstance(constant, jax.core.Tracer):
             raise TypeError(
-                f"energy closes over a traced value of shape {jnp.shape(constant)}; pass it through `params` or "
+                f"{name} closes over a traced value of shape {jnp.shape(constant)}; pass it through `params` or "
                 "`data`, otherwise no gradient would flow to it."
             )

@@ -21,6 +21,7 @@ class Status(enum.IntEnum):
     MAX_STEPS = 3
     INDEFINITE = 4
     NONFINITE = 5
+    NORM_BOUND = 6
 
     @property
     def message(self) -> str:
@@ -45,6 +46,10 @@ _MESSAGES = {
     Status.NONFINITE: (
         "NaN or infinity appeared; check the data and the parameters of this sample, and that no step or "
         "`smoothness` constant is too optimistic."
+    ),
+    Status.NORM_BOUND: (
+        "The linear operator stretched a vector by more than `norm` says, so the steps are too long; pass a true bound "
+        "on its norm, or `norm=None`."
     ),
 }
 

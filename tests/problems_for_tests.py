@@ -238,6 +238,47 @@ COUPLED = Case(
 )
 
 
+# the two with a closed form again, as saddle points: the regulariser dualised, f* = sum y^2/(2 weight)
+
+
+def dualised(linear, weight, norm) -> jb.SaddleProblem:
+    """1/2 ||x - y||^2 + sum weight(params)/2 (linear x)^2; weight: an array that broadcasts against K x."""
+
+    def start(params, data):
+        x = jnp.zeros_like(data["y"])
+        return x, jnp.zeros_like(linear(params, x, data))
+
+    return jb.SaddleProblem(
+        linear,
+        lambda params, v, step, data: (v + step * data["y"]) / (1 + step),
+        lambda params, v, step, data: v / (1 + step / weight(params, v)),
+        start,
+        mu_primal=1.0,
+        mu_dual=lambda params, data: 1 / jnp.max(weight(params, data["y"])),
+        norm=norm,
+    )
+
+
+SADDLES = {
+    "quadratic": dualised(lambda p, x, data: x, lambda p, v: jnp.exp(p) * jnp.asarray(DIAGONAL, v.dtype), 1.0),
+    "ridge8": dualised(
+        lambda params, x, data: responses(params, x),
+        lambda params, v: jnp.exp(params["log_weights"])[:, None, None],
+        lambda params, data: jnp.linalg.norm(norms(params, data)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class primal:
+    """A loss of x as the loss of a saddle point."""
+
+    loss: Callable
+
+    def __call__(self, params, pair, data):
+        return self.loss(params, pair[0], data)
+
+
 # references
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems_for_tests import QUADRATIC, central_differences, compilations, relative, ridge
+from problems_for_tests import QUADRATIC, SADDLES, central_differences, compilations, primal, relative, ridge
 
 import jbilevel as jb
 
@@ -27,6 +27,10 @@ ORACLES = {
     "one-step-corrected": lambda case, **options: jb.unroll.OneStep(
         case.problem, case.loss, solver=AGD, correct=True, error_steps=30, **options
     ),
+    "piggyback": lambda case, **options: jb.piggyback.Oracle(SADDLES[case.name], primal(case.loss), **options),
+    "piggyback-simultaneous-corrected": lambda case, **options: jb.piggyback.Oracle(
+        SADDLES[case.name], primal(case.loss), mode="simultaneous", correct=True, **options
+    ),
     "explicit": lambda case, **options: jb.explicit.Oracle(case.exact, **options),
 }
 CASES = [QUADRATIC, ridge(8)]  # both have a closed form, ``case.exact``
@@ -38,7 +42,7 @@ BAD = COUNT - 1  # the last sample: with chunks of 3 it is alone in its chunk
 
 EACH = pytest.mark.parametrize("name", ORACLES)
 # another linear solver, or other storage, changes what a sample gives, but not what is done with the samples
-KINDS = [name for name in ORACLES if name not in ("minres", "unroll-checkpointed")]
+KINDS = [name for name in ORACLES if name not in ("minres", "unroll-checkpointed", "piggyback-simultaneous-corrected")]
 EACH_KIND = pytest.mark.parametrize("name", KINDS)
 PAIRS = [(name, case) for name in ORACLES for case in CASES if case is not QUADRATIC or name in KINDS]
 

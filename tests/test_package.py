@@ -16,9 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     ("constants", "results", "trees"),
     ("io", "losses", "metrics", "nets", "operators", "partition", "prox", "regularizers"),
-    ("data", "problems", "variational"),
+    ("data", "problems", "saddle", "variational"),
     ("solvers",),
-    ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "unroll"),
+    ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "saddle_system", "unroll"),
     ("first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
     ("fit", "parallel"),
     ("dfols",),  # its package owns the loop, so it comes after ours

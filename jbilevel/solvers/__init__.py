@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jbilevel import trees
 from jbilevel.problems import SmoothProblem, refuse_derivatives, validate_arrays
 from jbilevel.results import SolveInfo
+from jbilevel.saddle import SaddleProblem
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
@@ -19,27 +20,31 @@ from jbilevel.solvers.lbfgs import LBFGS as LBFGS
 from jbilevel.solvers.loop import solve_jitted, start_jitted
 from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
+from jbilevel.solvers.pdhg import PDHG as PDHG
 
 
 def default_solver(problem):
     """The solver used for ``solver=None``."""
     if isinstance(problem, SmoothProblem):
         return NewtonCG()
+    if isinstance(problem, SaddleProblem):
+        return PDHG()
     if not hasattr(problem, "at"):
         raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(problem).__name__}.")
     raise TypeError(f"no default solver for {type(problem).__name__}; pass `solver`.")
 
 
 def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
-    """Solve one sample's lower-level problem, x_hat = argmin_x energy(params, x, data).
+    """Solve one sample's lower-level problem, x_hat = argmin_x energy(params, x, data), or a saddle point (x, y).
 
     Args:
-      problem: `SmoothProblem` (or any problem with a default solver). params, data: pytrees of arrays.
+      problem: `SmoothProblem`, `SaddleProblem` (or any with a default solver). params, data: pytrees of arrays.
       x0: warm start, shaped like ``problem.init(params, data)``; the cold start when None.
       tol: absolute tolerance (traced: changing it does not recompile). With ``strong_convexity`` known it bounds
         ``||x - x_hat||_2`` through ``||grad||/mu <= tol``, else it bounds ``||grad||_2``.
       max_steps: step limit (traced).
-      solver: see `jbilevel.solvers`; None takes the problem's default (`NewtonCG` for smooth problems).
+      solver: see `jbilevel.solvers`; None takes the problem's default (`NewtonCG` for smooth problems,
+        `PDHG` for saddle points, where ``tol`` bounds ``||x - x_hat||_2`` of the primal part if both moduli are known).
 
     Returns:
       ``(x, info)`` with info.status, .steps, .residual, .error (proven bound on ``||x - x_hat||``, inf where none is

@@ -44,12 +44,14 @@ class Iterate(NamedTuple):
     curvature: Any  # largest curvature met, for the rounding floor
     evaluations: Work
     value: Any  # energy at x (a solver that does not know it leaves the field out)
+    # a solver that finds out why it cannot go on has a field ``failure``: that `Status`, RUNNING until then
 
 
 class Solver(Protocol):
     # steps without a better residual or a lower energy before the solve counts as stagnated; 0: `init` takes max_steps
     # as a fourth argument and does all the work
     patience: int
+    # a solver whose step is several of its iterations says how many in ``stride``
 
     def init(self, view, x0, target) -> Any: ...
 
@@ -60,6 +62,7 @@ class Solution(NamedTuple):
     x: Any
     gradient: Any
     info: SolveInfo
+    state: Any = None  # the solver's last
 
 
 class _Progress(NamedTuple):
@@ -110,13 +113,17 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
         # before the first evaluation a solver may report inf; NaN is never a start
         bad = jnp.isnan(residual) | (jnp.isinf(residual) & (progress.steps > 0))
         bad = bad | ~jnp.isfinite(trees.norm(progress.state.x))  # an energy without a minimum
-        status = jnp.where(bad, Status.NONFINITE, status).astype(jnp.int32)
+        status = jnp.where(bad, Status.NONFINITE, status)
+        failure = getattr(progress.state, "failure", RUNNING)
+        status = jnp.where(failure != RUNNING, failure, status).astype(jnp.int32)
         best, lowest = jnp.where(better, residual, progress.best), jnp.where(lower, value, progress.lowest)
         return progress._replace(best=best, lowest=lowest, since=since, status=status)
 
+    stride = getattr(solver, "stride", 1)
+
     def advance(progress: _Progress) -> _Progress:
         state = solver.step(view, progress.state, target)
-        return judge(progress._replace(state=state, steps=progress.steps + 1))
+        return judge(progress._replace(state=state, steps=progress.steps + stride))
 
     state = solver.init(view, x0, target) if solver.patience else solver.init(view, x0, target, max_steps)
     zero = jnp.zeros((), jnp.int32)
@@ -125,7 +132,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
     info = SolveInfo(last.status, last.steps, state.residual, view.error_bound(state.residual), state.evaluations)
-    return Solution(state.x, state.gradient, info)
+    return Solution(state.x, state.gradient, info, state)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -138,4 +145,4 @@ def start_jitted(problem, params, data):
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
     problem.validate(params, data, x0)
     x0 = trees.cast_like(x0, problem.start(params, data))
-    return run(solver, problem.at(params, data), x0, tol, max_steps)
+    return run(solver, problem.at(params, data), x0, tol, max_steps)._replace(state=None)

@@ -1,0 +1,238 @@
+"""Proximal maps prox_{s f}(v) = argmin_x f(x) + |x - v|^2/(2 s), with exact derivatives under every JAX transformation.
+
+All act on one array, elementwise or over groups, in its dtype; ``step`` s, weights and radii may be numbers or arrays
+that broadcast against v without a new axis, and may be traced. Maps named after a set are projections and take no step.
+
+Derivatives exist almost everywhere; at a kink they are those of one side: of the flat one (0 where a threshold is just
+reached), and of the identity on the boundary of a set. No derivative is NaN at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbilevel import trees
+
+FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
+NEWTON_STEPS = 6  # to rounding, from the right of the root of a convex increasing cubic
+
+
+def _radial(v, axis, factor):
+    """v * factor(|v|), |v| the 2-norm over ``axis`` (kept), with derivative 0 where it is 0."""
+    few = isinstance(axis, int) and v.shape[axis] <= FEW
+    parts = jax.lax.split(v, [1] * v.shape[axis], axis % v.ndim) if few else [v]
+    squared = sum(p * p for p in parts) if few else jnp.sum(v * v, axis=axis, keepdims=True)
+    positive = squared > 0
+    scale = factor(jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0))
+    parts = [p * scale for p in parts]
+    return jax.lax.concatenate(parts, axis % v.ndim) if few else parts[0]
+
+
+def soft(v, step=1.0, weight=1.0):
+    """Prox of weight |x|_1: soft thresholding; derivative 0 where |v| <= step weight.
+
+    >>> import jax.numpy as jnp
+    >>> soft(jnp.array([-3.0, 0.5, 2.0])).tolist()
+    [-2.0, 0.0, 1.0]
+    """
+    threshold = step * weight
+    return jnp.where(jnp.abs(v) > threshold, v - threshold * jnp.sign(v), 0.0)
+
+
+def group(v, step=1.0, weight=1.0, *, axis):
+    """Prox of weight sum |x|_2, the 2-norm taken over ``axis``: isotropic shrinkage; derivative 0 inside."""
+    threshold = step * weight
+
+    def factor(length):
+        outside = length > threshold
+        return jnp.where(outside, 1.0 - threshold / jnp.where(outside, length, 1.0), 0.0)
+
+    return _radial(v, axis, factor)
+
+
+def box(v, lower=None, upper=None):
+    """Projection onto lower <= x <= upper (None: no bound)."""
+    v = v if lower is None else jnp.where(v < lower, lower, v)
+    return v if upper is None else jnp.where(v > upper, upper, v)
+
+
+def ball(v, radius=1.0, *, axis=None):
+    """Projection onto |x|_2 <= radius, the 2-norm taken over ``axis`` (None: over the whole array)."""
+
+    def factor(length):
+        outside = length > radius
+        return jnp.where(outside, radius / jnp.where(outside, length, 1.0), 1.0)
+
+    return _radial(v, axis, factor)
+
+
+def squared_distance(v, step, center=0.0, weight=1.0):
+    """Prox of weight/2 |x - center|^2: the data term of denoising, or of any measurement with a diagonal weight."""
+    return (v + step * weight * center) / (1.0 + step * weight)
+
+
+def squared_distance_conjugate(v, step, center=0.0, weight=1.0):
+    """Prox of the conjugate |y|^2/(2 weight) + <center, y> of weight/2 |x - center|^2: a dualised data term."""
+    return (v - step * center) / (1.0 + step / weight)
+
+
+def huber(v, step, weight=1.0, width=1.0, *, axis=None):
+    """Prox of weight sum h(|x|), h(t) = t^2/(2 width) up to width, t - width/2 beyond.
+
+    |x| is the absolute value, or with ``axis`` the 2-norm over it.
+    """
+    threshold = step * weight
+
+    def factor(length):
+        far = length > width + threshold
+        return jnp.where(far, 1.0 - threshold / jnp.where(far, length, 1.0), 1.0 / (1.0 + threshold / width))
+
+    return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
+
+
+def huber_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
+    """Prox of the conjugate of `huber`'s function: width/(2 weight) |y|^2 where |y| <= weight, else infinite."""
+    shrunk = v / (1.0 + step * width / weight)
+    return box(shrunk, -weight, weight) if axis is None else ball(shrunk, weight, axis=axis)
+
+
+def smoothed_relu(v, step, weight=1.0, width=0.01):
+    """Prox of weight sum psi(x), psi(t) = 0, t^2/(2 width), t - width/2 for t <= 0, < width, beyond (paper 3, (31))."""
+    threshold = step * weight
+    middle = v / (1.0 + threshold / width)
+    return jnp.where(v <= 0, v, jnp.where(v > width + threshold, v - threshold, middle))
+
+
+def smoothed_relu_conjugate(v, step, weight=1.0, width=0.01):
+    """Prox of the conjugate of `smoothed_relu`'s function: width/(2 weight) y^2 on [0, weight], else infinite."""
+    return box(v / (1.0 + step * width / weight), 0.0, weight)
+
+
+def smoothed_relu_epigraph(s, t, width=0.01):
+    """Nearest (p, q) to (s, t) with psi(p) <= q, psi as in `smoothed_relu`; elementwise, s and t of one shape.
+
+    Closed form but for the curved part of the boundary, where p is the root in (0, width) of
+    p^3/(2 width^2) + (1 - t/width) p - s, found by Newton's method from its right, where the cubic is convex: it needs
+    no safeguard (paper 3, (32); Wong, Ehrhardt & Mukherjee 2024).
+
+    >>> import jax.numpy as jnp
+    >>> p, q = smoothed_relu_epigraph(jnp.array([-1.0, 3.0]), jnp.array([-1.0, 0.0]), 1.0)
+    >>> p.tolist(), q.tolist()
+    ([-1.0, 1.75], [0.0, 1.25])
+    """
+    clipped = box(s, 0.0, width)
+    inside = t >= clipped**2 / (2 * width) + box(s - width, 0.0)
+    left = s <= 0
+    straight = s + t >= 1.5 * width
+    curved = ~(inside | left | straight)
+    root = _curve(jnp.where(curved, s, 0.5 * width), jnp.where(curved, t, 0.0), width)
+    half = 0.5 * (s + t) + 0.25 * width
+    p = jnp.where(inside | left, s, jnp.where(straight, half, root))
+    q = jnp.where(left, 0.0, jnp.where(straight, half - 0.5 * width, root**2 / (2 * width)))
+    return p, jnp.where(inside, t, q)
+
+
+def _curve(s, t, width):
+    slope = 1.0 - t / width  # > 1/2 on the curved part
+
+    def newton(p):
+        return p - (p**3 / (2 * width**2) + slope * p - s) / (1.5 * p**2 / width**2 + slope)
+
+    p = jax.lax.stop_gradient(jnp.minimum(s / slope, width))
+    p = jax.lax.fori_loop(0, NEWTON_STEPS, lambda _, p: jax.lax.stop_gradient(newton(p)), p)
+    # two more steps from a point that counts as fixed carry first and second derivatives exactly
+    return newton(newton(p))
+
+
+def conjugate(prox: Callable) -> Callable:
+    """Prox of the convex conjugate, by Moreau's identity: prox_{s f*}(v) = v - s prox_{f/s}(v/s).
+
+    ``prox(v, step, ...)`` and the result take arrays, with ``step`` a number or an array.
+
+    >>> import jax.numpy as jnp
+    >>> conjugate(soft)(jnp.array([-3.0, 0.5]), 2.0).tolist()  # the box [-1, 1]
+    [-1.0, 0.5]
+    """
+
+    def conjugated(v, step, *arguments, **options):
+        return v - step * prox(v / step, 1.0 / step, *arguments, **options)
+
+    return conjugated
+
+
+def times(step, v):
+    """step * v for a step that is one number, or a pytree like v of numbers and arrays."""
+    if jax.tree.structure(step) == jax.tree.structure(0) and jnp.ndim(step) == 0:
+        return trees.scale(step, v)
+    return jax.tree.map(lambda s, leaf: (s * leaf).astype(leaf.dtype), step, v)
+
+
+def divided(v, step):
+    """v / step, as in `times`."""
+    return times(jax.tree.map(lambda s: 1.0 / s, step), v)
+
+
+def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1.0, tol: float = 1e-5, seed: int = 0):
+    """Raise ValueError unless ``prox(v, step)`` behaves like the prox of a convex function near v.
+
+    At ``pairs`` random points around v (a pytree; ``scale``: standard deviation): same structure, shapes and dtypes as
+    v, firmly nonexpansive, |Pu - Pv|^2 <= <Pu - Pv, u - v>, with a derivative that is symmetric and agrees with
+    differences. Both inner products are weighted with 1/step. Use float64: differences are worth little in float32.
+    Kinks are forgiven: the worst tenth of the comparisons with differences does not count.
+    """
+    apply = lambda v: prox(v, step)  # noqa: E731
+    same_output(jax.eval_shape(apply, v), v, "the prox")
+    weighted = lambda a, b: trees.dot(a, divided(b, step))  # noqa: E731
+
+    def measure(point, gap, direction, other):
+        """Excess of |Pu - Pv|^2, mismatch of VJP and JVP, asymmetry, mismatch of JVP and differences."""
+        moved = trees.sub(apply(trees.add(point, gap)), apply(point))
+        change, pull = jax.jvp(apply, (point,), (direction,))[1], jax.vjp(apply, point)[1]
+        turned = jax.jvp(apply, (point,), (other,))[1]
+        mirrored = times(step, pull(divided(other, step))[0])
+        h = 1e-6 * scale
+        ahead, behind = (apply(trees.add_scaled(point, sign * h, direction)) for sign in (1, -1))
+        difference = trees.scale(0.5 / h, trees.sub(ahead, behind))
+        size = jnp.sqrt(weighted(direction, direction) * weighted(other, other))
+        return jnp.stack([
+            (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
+            jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
+            jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
+            trees.norm(trees.sub(difference, change)) / trees.norm(direction),
+        ])  # fmt: skip
+
+    rng = np.random.default_rng(seed)
+    noise = lambda size: jax.tree.map(  # noqa: E731
+        lambda leaf: jnp.asarray(size * rng.standard_normal((pairs, *jnp.shape(leaf))), leaf.dtype), v
+    )
+    points = jax.tree.map(lambda leaf, e: leaf[None] + e, v, noise(scale))
+    found = jax.jit(jax.vmap(measure))(points, noise(scale), noise(1.0), noise(1.0))
+    excess, transpose, asymmetry, misfit = np.asarray(found).T
+    if excess.max() > tol:
+        raise ValueError("the prox is not firmly nonexpansive, so it is the prox of no convex function.")
+    if transpose.max() > tol:
+        raise ValueError("the VJP of the prox is not the transpose of its JVP; check its custom derivative.")
+    if asymmetry.max() > tol:
+        raise ValueError("the derivative of the prox is not symmetric, so it is the prox of no function.")
+    if np.quantile(misfit, 0.9, method="lower") > max(tol, 1e-4):
+        raise ValueError(
+            f"the derivative of the prox differs from its differences by {misfit.max():.1e}; check its derivative."
+        )
+
+
+def same_output(out, v, name: str) -> None:
+    """ValueError/TypeError unless ``out`` (shapes) has the structure, the shapes and the dtypes of v."""
+    if jax.tree.structure(out) != jax.tree.structure(v):
+        raise ValueError(f"{name} must return the structure {jax.tree.structure(v)}, got {jax.tree.structure(out)}.")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(v), strict=True):
+        where = jax.tree_util.keystr(path)
+        if a.shape != jnp.shape(b):
+            raise ValueError(f"{name} must return the shape {jnp.shape(b)}{where and f' at {where}'}, got {a.shape}.")
+        if a.dtype != jnp.result_type(b):
+            raise TypeError(
+                f"{name} must return the dtype {jnp.result_type(b)}{where and f' at {where}'}, got {a.dtype}."
+            )

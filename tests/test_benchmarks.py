@@ -152,6 +152,7 @@ def test_a_missing_peer_names_the_extra():
         common.peer("no_such_library")
 
 
+@pytest.mark.slow
 def test_reference_problem_is_the_documented_one(camera64):
     images = common.images(64, 1)
     np.testing.assert_array_equal(images.noisy[0], camera64.noisy)
@@ -198,6 +199,7 @@ def test_ratios_of_times_do_not_see_slow_phases_of_the_machine():
     assert common.times_faster({"ms": 1.0}, {"ms": 3.0}) == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", error_problems.ESTIMATED)
 def test_stated_constants_hold(name):
     """1 <= Hessian <= L along random directions at a random image."""

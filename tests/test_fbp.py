@@ -89,6 +89,7 @@ def test_uneven_angles_get_the_part_of_the_turn_they_stand_for():
     assert disc_error(ParallelBeam(48, dense_half, 70), 15.0)[1] < 2e-3
 
 
+@pytest.mark.slow
 def test_it_is_linear_differentiable_and_takes_batches():
     A = ParallelBeam(12, turn(9), 17)
     y = jnp.asarray(np.random.default_rng(0).standard_normal((2, *A.out_shape)))

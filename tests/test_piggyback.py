@@ -53,7 +53,15 @@ def quadratic_gradient(params, batch):
     return jax.value_and_grad(mean)(params)
 
 
-@pytest.mark.parametrize("options", [{}, {"correct": True}, {"mode": "simultaneous", "estimate": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"correct": True}, marks=pytest.mark.slow),
+        pytest.param({"mode": "simultaneous", "estimate": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_closed_form(options):
     """All parameters at once: the matrix K, and one in either prox; a loss of both unknowns."""
     params, batch = QUADRATIC.params(0), batch_of(QUADRATIC, 0, 2)
@@ -72,6 +80,7 @@ def test_parameters_of_a_prox_to_ten_digits():
         assert float(hg.grad[name]) == pytest.approx(float(quadratic_gradient(params, batch)[1][name]), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_loss_of_the_parameters_and_weights_of_samples():
     def loss(params, pair, data):
         return pair_loss(params, pair, data) + params["a"] ** 2 + params["K"][0, 1] * pair[0][0]
@@ -208,6 +217,7 @@ def test_bounds_hold(setup, loss):
             assert abs(float(v.value - exact.value)) <= float(v.bound) + 1e-11
 
 
+@pytest.mark.slow
 def test_nothing_is_certified_without_constants():
     params, batch = QUADRATIC.params(0), batch_of(QUADRATIC, 0)
     bare = replace(QUADRATIC.problem, constants=None)
@@ -245,6 +255,7 @@ def test_estimates_and_corrections(setup, mode):
 # --------------------------------------------------------------------------------------------------- cost and use
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_iterations():
     setup = huber_tv(16)
     params, batch = setup.params(0), batch_of(setup, 0)
@@ -293,6 +304,7 @@ def test_warm_starts_of_both_adjoints():
     assert np.sum(moved.adjoint.steps) < np.sum(first.adjoint.steps)
 
 
+@pytest.mark.slow
 def test_maid_decreases_exact_values():
     params, batch = jnp.asarray([-4.0, -2.5]), batch_of(HUBER, 0, 2)
     own = oracle(HUBER, image_loss)

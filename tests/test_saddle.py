@@ -40,6 +40,7 @@ def test_problems_are_what_they_claim(name):
     problem.verify(params, data)
 
 
+@pytest.mark.slow
 def test_learned_tv_is_what_it_claims():
     """A pytree as primal unknown, steps that are pytrees, and a transpose written by hand."""
     data = jax.tree.map(lambda leaf: leaf[:6, :5], HUBER.sample(0))

@@ -121,6 +121,7 @@ def test_operator_object():
     assert int(info.status) == jb.Status.CONVERGED and float(info.error) <= 1e-8
 
 
+@pytest.mark.slow
 def test_complex_measurement_of_a_real_image():
     problem = jb.variational(fourier, TV, in_shape=(6, 5), operator_norm=1.0)
     noise = rng.standard_normal((3, 5)) + 1j * rng.standard_normal((3, 5))

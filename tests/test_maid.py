@@ -216,6 +216,7 @@ def test_accuracies_and_steps_move_by_their_factors():
     assert max(trials) >= 1 and min(trials) == 0
 
 
+@pytest.mark.slow
 def test_descent_test_refines_until_the_hypergradient_is_accurate_enough():
     method = jb.MAID(TOY, descent=0.9, certified=True, tol=1.0, adjoint_tol=1.0)
     for row in walk(method, jnp.array(THETA), SAMPLES, 6):

@@ -23,6 +23,7 @@ def on_host(back):
     return from_callbacks(lambda x: MATRIX @ x, lambda y: back.T @ y, (20,), (30,), dtype="float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [in_jax, on_host])
 def test_the_norm_of_the_difference(make):
     assert adjoint_mismatch(make(ROUGH), jax.random.key(1), tol=1e-4) == pytest.approx(EXPECTED, rel=2e-4)

@@ -17,7 +17,8 @@ FULL = replace(CASE.problem, mixed_precision=False)
 MIXED = replace(CASE.problem, mixed_precision=True)
 
 
-@pytest.mark.parametrize("correct", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("correct", [False, True])
 def test_answers_agree_with_float64_throughout(correct):
     params, batch = CASE.params(0), CASE.batch(0, 2)
     full, reduced = (

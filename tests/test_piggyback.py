@@ -113,7 +113,8 @@ def test_huber_tv_four_ways():
         assert relative(found, other) <= 1e-6
 
 
-@pytest.mark.parametrize("setup", [EXPERTS, pytest.param(ROOTS, marks=pytest.mark.slow)], ids=["experts", "roots"])
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", [EXPERTS, ROOTS], ids=["experts", "roots"])
 def test_differences(setup):
     """Filters and weights in K and in the conjugate of psi_w; parameters of a prox found by Newton's method."""
     params, batch = setup.params(1), batch_of(setup, 1)

@@ -50,6 +50,7 @@ def test_a_constant_image_has_only_the_central_frequency():
     assert float(jnp.sum(jnp.abs(y) ** 2)) == pytest.approx(30)
 
 
+@pytest.mark.slow
 def test_norms():
     lone = np.zeros(SHAPE)
     lone[4, 3] = 1  # without its mirror image

@@ -149,6 +149,7 @@ def test_ridge_is_the_sum_over_layered_responses():
     assert float(R(p, jnp.asarray(x))) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_icnn_is_two_layers():
     R, x = ICNN(hidden=3, outputs=2, size=3, bias=True, boundary="valid"), rng.standard_normal((7, 6))
     p = jax.tree.map(np.asarray, params_of(R)) | {"first_bias": np.arange(3) / 9, "second_bias": -np.arange(2) / 7}

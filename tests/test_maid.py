@@ -331,6 +331,7 @@ def test_never_knows_which_oracle_feeds_it(name):
     assert values[-1] - toy_value(BEST) < 1e-6
 
 
+@pytest.mark.slow
 def test_one_step_oracle_descends_until_its_bias_stops_it():
     rows = walk(jb.MAID(jb.unroll.OneStep(QUADRATIC, loss, solver=AGD)), jnp.array(THETA), SAMPLES, 30)
     values = [toy_value(np.asarray(row.before.params)) for row in rows] + [toy_value(np.asarray(rows[-1].after.params))]

@@ -49,6 +49,7 @@ def test_sample_axes_shared_leaves_integers_and_absent_leaves():
     assert relative(hg.grad, 6 * gradient) <= 1e-9
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_result():
     params, batch = small()
     whole = oracle(chunk=None)(params, batch, tol=1e-3)
@@ -187,6 +188,7 @@ def test_one_compilation_of_solve_for_six_tolerances_and_any_start():
     assert not [name for name in compiled if "solve" in name]
 
 
+@pytest.mark.slow
 def test_one_compilation_inside_jit_and_the_same_result():
     params, batch = small()
     calls = {

@@ -373,6 +373,7 @@ def test_a_smoothness_far_too_small_is_told(solver):
     assert info.status in (Status.NONFINITE, Status.STAGNATED)
 
 
+@pytest.mark.slow
 def test_an_energy_with_kinks_stagnates():
     kinks = jb.SmoothProblem(lambda p, x, d: jnp.sum(jnp.abs(x - d)), lambda p, d: 0 * d)
     for solver in OURS.values():

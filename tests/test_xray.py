@@ -186,6 +186,7 @@ def test_single_and_half_precision():
     assert jnp.linalg.norm(half.astype(float) - exact) <= 1e-2 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_a_large_batch_and_memory_of_a_few_sinograms():
     A = ParallelBeam(64, np.pi * np.arange(50) / 50, 91)
     sinogram = 4 * 50 * 91

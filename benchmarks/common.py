@@ -257,7 +257,9 @@ class Recorder:
             **machine(),
         }
         left_out = {"argv", "out", "seed", "device"}
-        self.options = {k: v for k, v in vars(args).items() if k not in left_out}
+        self.options = {
+            k: _without_machine_path(v) if isinstance(v, str) else v for k, v in vars(args).items() if k not in left_out
+        }
         if args.images:
             self.options["images"] = Path(args.images).name
 

@@ -99,7 +99,7 @@ class Blur(LinearOperator):
     @property
     def _grid(self) -> tuple[int, int]:
         """Shape of the Fourier transforms; zeros beyond the extended image, which the kept results never see."""
-        return self.in_shape if self.boundary == "periodic" else tuple(_smooth(n) for n in self._extended)
+        return self.in_shape if self.boundary == "periodic" else tuple(fast_length(n) for n in self._extended)
 
     def _extend(self, x):
         if self.boundary in ("periodic", "valid"):
@@ -157,7 +157,7 @@ def _with_margins(x, before: int, after: int, axis: int, mirrored: bool):
     return jnp.concatenate([first, x, last], axis)
 
 
-def _smooth(n: int) -> int:
+def fast_length(n: int) -> int:
     """The smallest number from n on without a prime factor above 5, for which Fourier transforms are fast."""
     while True:
         rest = n

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jbilevel.operators.blur import fast_length
+
 BOUNDARIES = ("valid", "zero", "symmetric")
 # From this filter size on the Fourier transform takes less time and k^2 times less memory than patches.
 _FOURIER = 10
@@ -42,18 +44,6 @@ def correlate(kernels, z):
     parts = jnp.matmul(*flat, precision=lax.Precision.HIGHEST).reshape(count, size, size, height, width)
     rows = sum(parts[:, i, :, i : i + h] for i in range(size))
     return sum(rows[:, j, :, j : j + w] for j in range(size))
-
-
-def fast_length(n: int) -> int:
-    """The least number >= n without prime factors above 5: Fourier transforms of other lengths take far longer."""
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 1
 
 
 def extend(z, size: int, boundary: str):

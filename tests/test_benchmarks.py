@@ -135,6 +135,7 @@ def test_a_run_replaces_the_last_one_of_its_benchmark_and_device(tmp_path):
 
 def test_machine_paths_stay_out_of_the_command(tmp_path):
     args = options(tmp_path, "--images", "/somewhere/private/pictures")
+    args.export = "/somewhere/private/arrays"
     recorder = common.Recorder("test", args)
     row = recorder.add({}, {})
     assert "private" not in json.dumps(row) and row["settings"]["images"] == "pictures"

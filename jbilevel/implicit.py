@@ -202,23 +202,28 @@ def argmin(
     >>> bool(jnp.isclose(gradient, -0.75))
     True
     """
-    if on_failure not in ("raise", "nan", "ignore"):
-        raise ValueError(f"`on_failure` must be 'raise', 'nan' or 'ignore', got {on_failure!r}.")
     if adjoint_solver not in ADJOINT_SOLVERS:
         raise ValueError(f"`adjoint_solver` must be 'cg' or 'minres', got {adjoint_solver!r}.")
     solver = default_solver(problem) if solver is None else solver
-    spec = _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products)
+    return solution_map(_argmin, _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products))
 
-    def minimiser(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+
+def solution_map(solve: Callable, spec) -> Callable:
+    """``solve(spec, params, data, x0, tol, adjoint_tol)`` behind the checks and the cold start of its problem."""
+    problem = spec.problem
+    if spec.on_failure not in ("raise", "nan", "ignore"):
+        raise ValueError(f"`on_failure` must be 'raise', 'nan' or 'ignore', got {spec.on_failure!r}.")
+
+    def solution(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
         problem.check(params)
         problem.validate(params, data, x0)
         start = start_jitted(problem, params, data)
         x0 = start if x0 is None else trees.cast_like(x0, start)
         adjoint_tol = tol if adjoint_tol is None else adjoint_tol
         tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
-        return _argmin(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        return solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
 
-    return minimiser
+    return solution
 
 
 @partial(jax.jit, static_argnums=0)
@@ -276,27 +281,32 @@ def _argmin_forward(spec: _Spec, params, data, x0, tol, adjoint_tol):
 def _argmin_backward(spec: _Spec, kept, cotangent):
     params, data, x, adjoint_tol = kept
     q = _hessian_solve(spec, params, data, x, cotangent, adjoint_tol)
-
-    leaves, treedef = jax.tree.flatten((params, data))
-    gradients = _pull_back(spec, params, data, x, q)
-    gradients = [no_gradient(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-    return *jax.tree.unflatten(treedef, gradients), None, None, None
+    return *as_cotangents(_pull_back(spec, params, data, x, q), params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
 def _pull_back(spec: _Spec, params, data, x, q):
     """-<d grad_x energy, q> for each leaf of (params, data), None for integer leaves."""
+    return leaf_gradients(lambda *at: -spec.problem.at(*at).slope(x, q), params, data)
+
+
+def leaf_gradients(function: Callable, params, data) -> list:
+    """Gradient of ``function(params, data)`` in each leaf of both, None for integer leaves."""
     leaves, treedef = jax.tree.flatten((params, data))
 
-    def pairing(inexact):
+    def of(inexact):
         mixed = [leaf if i is None else i for i, leaf in zip(inexact, leaves, strict=True)]
-        return -spec.problem.at(*jax.tree.unflatten(treedef, mixed)).slope(x, q)
+        return function(*jax.tree.unflatten(treedef, mixed))
 
-    return jax.grad(pairing)([leaf if trees.is_inexact(leaf) else None for leaf in leaves])
+    return jax.grad(of)([leaf if trees.is_inexact(leaf) else None for leaf in leaves])
 
 
-def no_gradient(leaf):
-    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+def as_cotangents(gradients: list, params, data):
+    """(params, data) with what `leaf_gradients` returned, and JAX's empty cotangents for integer leaves."""
+    leaves, treedef = jax.tree.flatten((params, data))
+    empty = lambda leaf: np.zeros(jnp.shape(leaf), jax.dtypes.float0)  # noqa: E731
+    filled = [empty(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, filled)
 
 
 _argmin.defvjp(_argmin_forward, _argmin_backward)

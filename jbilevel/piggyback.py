@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import errors, trees
-from jbilevel.implicit import after_correction, no_gradient
+from jbilevel.implicit import after_correction, as_cotangents, leaf_gradients, solution_map
 from jbilevel.oracle import BatchOracle, Points, Sample
 from jbilevel.problems import trace_scalar
 from jbilevel.results import SolveInfo, Status, Warm, Work, guard
 from jbilevel.saddle import SaddleProblem, SaddleView
 from jbilevel.saddle_system import Arguments, Frozen, arguments, measure, newton_step, pairing
-from jbilevel.solvers import PDHG, require_tolerance
-from jbilevel.solvers.loop import Solution, run, start_jitted
+from jbilevel.solvers import PDHG
+from jbilevel.solvers.loop import Solution, run
 
 MODES = ("sequential", "simultaneous")
 
@@ -358,23 +358,10 @@ def saddle_point(
     >>> bool(jnp.isclose(gradient, -0.75, atol=1e-4))
     True
     """
-    if on_failure not in ("raise", "nan", "ignore"):
-        raise ValueError(f"`on_failure` must be 'raise', 'nan' or 'ignore', got {on_failure!r}.")
     if not isinstance(problem, SaddleProblem):
         raise TypeError(f"saddle_point needs a jb.SaddleProblem, got {type(problem).__name__}; see jb.implicit.argmin.")
     solver = PDHG() if solver is None else solver
-    spec = _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps)
-
-    def solution(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
-        problem.check(params)
-        problem.validate(params, data, x0)
-        start = start_jitted(problem, params, data)
-        x0 = start if x0 is None else trees.cast_like(x0, start)
-        adjoint_tol = tol if adjoint_tol is None else adjoint_tol
-        tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
-        return _saddle_point(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
-
-    return solution
+    return solution_map(_saddle_point, _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -399,9 +386,7 @@ def _saddle_point_backward(spec: _Spec, kept, cotangent):
     params, data, pair, (element, norm), adjoint_tol = kept
     gradients, info = _pull_back(spec, params, data, pair, element, norm, cotangent, adjoint_tol)
     gradients = guard(gradients, info, spec.on_failure, "the adjoint solve")
-    leaves, treedef = jax.tree.flatten((params, data))
-    gradients = [no_gradient(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-    return *jax.tree.unflatten(treedef, gradients), None, None, None
+    return *as_cotangents(gradients, params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -414,14 +399,8 @@ def _pull_back(spec: _Spec, params, data, pair, element, norm, cotangent, adjoin
     adjoint_view = frozen.adjoint_view(cotangent, tau, sigma)
     adjoint = run(spec.solver, adjoint_view, start, adjoint_tol, spec.max_adjoint_steps)
     c = frozen.cotangents(adjoint.x, adjoint.gradient, cotangent)
-    leaves, treedef = jax.tree.flatten((params, data))
-
-    def indirect(inexact):
-        mixed = [leaf if i is None else i for i, leaf in zip(inexact, leaves, strict=True)]
-        view = spec.problem.at(*jax.tree.unflatten(treedef, mixed))
-        return pairing(view, Arguments(frozen.p, frozen.r, c, tau, sigma))
-
-    gradients = jax.grad(indirect)([leaf if trees.is_inexact(leaf) else None for leaf in leaves])
+    arguments_at = Arguments(frozen.p, frozen.r, c, tau, sigma)
+    gradients = leaf_gradients(lambda *at: pairing(spec.problem.at(*at), arguments_at), params, data)
     return gradients, adjoint.info
 
 

@@ -13,7 +13,6 @@ Writes a table and a figure to --out; about a minute on two cores.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -60,19 +59,15 @@ def psnr_loss(params, x, data):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pictures.options(__doc__, "ct_fbp_tv")
     parser.add_argument("--slices", type=Path, help="array of slices in Hounsfield units instead of drawn abdomens")
     parser.add_argument("--pixel-mm", type=float, default=1.4, help="pixel size of --slices")
-    parser.add_argument("--out", type=Path, default=Path("outputs/ct_fbp_tv"), help="where results go")
     parser.add_argument("--size", type=int, default=128, help="side of the drawn slices in pixels")
     parser.add_argument("--views", type=int, default=60, help="angles in half a turn")
     parser.add_argument("--photons", type=float, default=7e4, help="photons per ray before the patient")
     parser.add_argument("--train", type=int, default=3, help="slices to learn from")
     parser.add_argument("--test", type=int, default=3, help="slices to judge on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     images, phantoms, pixel = slices_of(args, rng)
@@ -98,13 +93,8 @@ def main(argv=None):
 
     rows = {f"FBP, {name}": A.fbp(sinograms[args.train :], name) for name in ("ram-lak", "hann")}
     rows["TV, learned"] = pictures.reconstruct(problem, result.params, test)
-    clean = np.asarray(test["x"])
     rows = {name: np.asarray(found) for name, found in rows.items()}
-    summary = pictures.table(rows, clean, data_range=2.0)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "ct.png", clean, rows, range(min(3, len(clean))), window=WINDOW, data_range=2.0)
-    print(f"table and figure are in {args.out}")
+    pictures.report(args, test["x"], rows, name="ct.png", window=WINDOW, data_range=2.0)
 
 
 if __name__ == "__main__":

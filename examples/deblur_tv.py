@@ -15,8 +15,6 @@ on two cores with the photographs that ship inside scikit-image; --images DIR ta
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +44,7 @@ def least_squares(A, y, steps=200):
 def main(argv=None):
     parser = pictures.parser(__doc__, "deblur_tv", sigma=0.01, crops=40, seconds=40)
     parser.add_argument("--blur", type=float, default=1.5, help="standard deviation of the blur in pixels")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     training, testing = pictures.load(args)
@@ -60,30 +57,17 @@ def main(argv=None):
     best = pictures.best_tv(jb.variational(small, fixed), train, weights, tol=1e-3)
 
     problem = jb.variational(small, learned)
-    until = time.perf_counter() + args.seconds
     start = learned.init(weight=1e-3, eps=0.03, dtype=jnp.float32)
-    result = jb.fit(
-        jb.MAID(jb.implicit.Oracle(problem, pictures.psnr_loss), projection=learned.project), start, train, steps=100,
-        progress=not args.quiet, callback=lambda step, state, info: time.perf_counter() > until,
-        log=args.out / "maid.csv",
-    )  # fmt: skip
-    weight, eps = np.exp(result.params)
-    print(f"{result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")
-    print(f"learned weight {weight:.2e} and smoothing {eps:.2e}; grid search: weight {float(jnp.exp(best[0])):.2e}")
+    theta = pictures.learn_tv(problem, learned, start, train, args, best)
 
     rows = {
         "blurred": np.asarray(test["y"]),
         "least squares": np.asarray(least_squares(large, test["y"])),
         "TV, grid search": pictures.reconstruct(jb.variational(large, fixed), best, test, tol=1e-3),
-        "TV, learned": pictures.reconstruct(jb.variational(large, learned), result.params, test, tol=1e-3),
+        "TV, learned": pictures.reconstruct(jb.variational(large, learned), theta, test, tol=1e-3),
     }
-    clean = np.asarray(test["x"])
-    summary = pictures.table(rows, clean)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "deblurred.png", clean, rows, range(min(3, len(clean))))
-    jb.save(args.out / "tv.npz", {"theta": result.params}, {"sigma": args.sigma, "blur": args.blur})
-    print(f"table, figure and parameters are in {args.out}")
+    jb.save(args.out / "tv.npz", {"theta": theta}, {"sigma": args.sigma, "blur": args.blur})
+    pictures.report(args, test["x"], rows, name="deblurred.png")
 
 
 if __name__ == "__main__":

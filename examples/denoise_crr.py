@@ -72,8 +72,7 @@ def main(argv=None):
     parser = pictures.parser(__doc__, "denoise_crr", crop_size=40, seconds=60)
     parser.add_argument("--score-steps", type=int, default=300, help="steps of score matching")
     parser.add_argument("--steps", type=int, default=150, help="bilevel steps at most")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     train, test_images = pictures.load(args)
@@ -86,12 +85,7 @@ def main(argv=None):
     for name, regularizer in (("CRR", jb.regularizers.CRR()), ("WCRR", jb.regularizers.WCRR())):
         rows[name] = pictures.reconstruct(*learn(name, regularizer, train, batch, args), test)
 
-    clean = np.asarray(test["x"])
-    summary = pictures.table(rows, clean)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "denoised.png", clean, rows, range(min(3, len(clean))))
-    print(f"table, figures and parameters are in {args.out}")
+    pictures.report(args, test["x"], rows)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def main(argv=None):
     parser = pictures.parser(__doc__, "denoise_foe_maid", seconds=90)
     parser.add_argument("--filters", type=int, default=16, help="number of filters")
     parser.add_argument("--filter-size", type=int, default=5, help="their side in pixels")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     train, test = pictures.train_and_test(args, rng)
@@ -64,16 +63,11 @@ def main(argv=None):
         "best TV": pictures.reconstruct(fixed, best, test),
         "Fields of Experts": pictures.reconstruct(problem, result.params, test),
     }
-    clean = np.asarray(test["x"])
-    summary = pictures.table(rows, clean)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "denoised.png", clean, rows, range(min(3, len(clean))))
     weights, _ = foe.weights(result.params)
     pictures.filter_figure(args.out / "filters.png", np.asarray(result.params["filters"]), weights)
     schedule_figure(args.out / "accuracy.png", result.history)
     jb.save(args.out / "foe.npz", result.params, {"sigma": args.sigma, "regularizer": repr(foe)})
-    print(f"table, figures and parameters are in {args.out}")
+    pictures.report(args, test["x"], rows)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,7 @@ def learn(name, oracle, theta, batch, args, projection=None):
 def main(argv=None):
     parser = pictures.parser(__doc__, "denoise_photographs")
     parser.add_argument("--steps", type=int, default=200, help="most steps of each method")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     train, test = pictures.train_and_test(args, rng)
@@ -105,13 +104,8 @@ def main(argv=None):
         "TV, learned": pictures.reconstruct(tv, theta_tv, test),
         "filters, learned": pictures.reconstruct(filters, theta, test),
     }
-    clean = np.asarray(test["x"])
-    summary = pictures.table(rows, clean)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "denoised.png", clean, rows, range(min(3, len(clean))))
     jb.save(args.out / "filters.npz", theta, {"sigma": args.sigma, "energy": "sum_k w_k sqrt((c_k * x)^2 + e_k^2)"})
-    print(f"table, figure and parameters are in {args.out}")
+    pictures.report(args, test["x"], rows)
 
 
 if __name__ == "__main__":

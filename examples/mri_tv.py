@@ -15,10 +15,6 @@ learned parameters to --out. Needs no data and about a minute on two cores.
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,18 +62,14 @@ def least_squares(A, y, steps=100):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/mri_tv"), help="where results go")
+    parser = pictures.options(__doc__, "mri_tv")
     parser.add_argument("--size", type=int, default=96, help="side of the images, an even number")
     parser.add_argument("--phantoms", type=int, default=8, help="number of training phantoms")
     parser.add_argument("--coils", type=int, default=4, help="number of coils")
     parser.add_argument("--acceleration", type=float, default=4.0, help="one line of so many is measured")
     parser.add_argument("--sigma", type=float, default=0.02, help="noise of each measurement, for values of about 1")
     parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)
     mask = cartesian_mask((args.size, args.size), args.acceleration, 0.08, rng)
@@ -90,30 +82,17 @@ def main(argv=None):
     grid, problem = jb.variational(A, fixed), jb.variational(A, learned)
     best = pictures.best_tv(grid, train, np.geomspace(3e-4, 3e-2, 10) * args.sigma / 0.02, tol=1e-2)
 
-    until = time.perf_counter() + args.seconds
     start = learned.init(weight=1e-2, eps=0.03, dtype=jnp.float32)
-    result = jb.fit(
-        jb.MAID(jb.implicit.Oracle(problem, pictures.psnr_loss), projection=learned.project), start, train, steps=100,
-        progress=not args.quiet, callback=lambda step, state, info: time.perf_counter() > until,
-        log=args.out / "maid.csv",
-    )  # fmt: skip
-    weight, eps = np.exp(result.params)
-    print(f"{result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")
-    print(f"learned weight {weight:.2e} and smoothing {eps:.2e}; grid search: weight {float(jnp.exp(best[0])):.2e}")
+    theta = pictures.learn_tv(problem, learned, start, train, args, best)
 
     rows = {
         "zero-filled": np.asarray(A.H(test["y"])),
         "least squares": np.asarray(least_squares(A, test["y"])),
         "TV, grid search": pictures.reconstruct(grid, best, test),
-        "TV, learned": pictures.reconstruct(problem, result.params, test),
+        "TV, learned": pictures.reconstruct(problem, theta, test),
     }
-    clean = np.asarray(test["x"])
-    summary = pictures.table(rows, clean)
-    print(summary)
-    (args.out / "table.md").write_text(summary + "\n")
-    pictures.figure(args.out / "reconstructed.png", clean, rows, range(1, len(clean)))
-    jb.save(args.out / "tv.npz", {"theta": result.params}, {"sigma": args.sigma, "acceleration": args.acceleration})
-    print(f"table, figure and parameters are in {args.out}")
+    jb.save(args.out / "tv.npz", {"theta": theta}, {"sigma": args.sigma, "acceleration": args.acceleration})
+    pictures.report(args, test["x"], rows, range(1, len(test["x"])), name="reconstructed.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,20 +15,33 @@ import jbilevel as jb
 from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
 
 
+def options(description: str, name: str) -> argparse.ArgumentParser:
+    """What every example can be asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs") / name, help="where results go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
 def parser(description: str, name: str, **defaults) -> argparse.ArgumentParser:
-    """The options that all examples have; ``defaults`` replaces some of their values."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--images", type=Path, help="folder of pictures to use instead of scikit-image's")
-    options.add_argument("--out", type=Path, default=Path("outputs") / name, help="where results go")
-    options.add_argument("--sigma", type=float, default=0.1, help="noise level for images in [0, 1]")
-    options.add_argument("--size", type=int, default=128, help="side of the test images")
-    options.add_argument("--crops", type=int, default=20, help="number of training crops")
-    options.add_argument("--crop-size", type=int, default=64, help="side of the training crops")
-    options.add_argument("--seconds", type=float, default=40, help="stop learning after this time, for each model")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--quiet", action="store_true", help="no progress bar")
-    options.set_defaults(**defaults)
-    return options
+    """The options of examples that learn from photographs; ``defaults`` replaces some of their values."""
+    parser = options(description, name)
+    parser.add_argument("--images", type=Path, help="folder of pictures to use instead of scikit-image's")
+    parser.add_argument("--sigma", type=float, default=0.1, help="noise level for images in [0, 1]")
+    parser.add_argument("--size", type=int, default=128, help="side of the test images")
+    parser.add_argument("--crops", type=int, default=20, help="number of training crops")
+    parser.add_argument("--crop-size", type=int, default=64, help="side of the training crops")
+    parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time, for each model")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv):
+    """The arguments, with the folder for results made."""
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def load(args) -> tuple:
@@ -75,6 +89,30 @@ def reconstruct(problem, theta, batch, tol: float = 1e-2) -> np.ndarray:
     x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=tol))(batch)
     jb.check(info)
     return np.asarray(x)
+
+
+def learn_tv(problem, regularizer, start, batch, args, best):
+    """Weight and smoothing of total variation by MAID, told beside the ``best`` weight of a grid."""
+    until = time.perf_counter() + args.seconds
+    result = jb.fit(
+        jb.MAID(jb.implicit.Oracle(problem, psnr_loss), projection=regularizer.project), start, batch, steps=100,
+        progress=not args.quiet, callback=lambda step, state, info: time.perf_counter() > until,
+        log=args.out / "maid.csv",
+    )  # fmt: skip
+    weight, eps = np.exp(result.params)
+    print(f"{result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")
+    print(f"learned weight {weight:.2e} and smoothing {eps:.2e}; grid search: weight {float(jnp.exp(best[0])):.2e}")
+    return result.params
+
+
+def report(args, clean, rows: dict, shown=range(3), name="denoised.png", **scale) -> None:
+    """The table, printed and as a file, and the figure; ``scale``: ``window`` and ``data_range``."""
+    clean = np.asarray(clean)
+    summary = table(rows, clean, scale.get("data_range", 1.0))
+    print(summary)
+    (args.out / "table.md").write_text(summary + "\n")
+    figure(args.out / name, clean, rows, [i for i in shown if i < len(clean)], **scale)
+    print(f"table, figures and parameters are in {args.out}")
 
 
 def table(rows: dict, clean, data_range: float = 1.0) -> str:

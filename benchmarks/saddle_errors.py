@@ -137,14 +137,15 @@ def warm_hypergradient(recorder, size: int, count: int) -> None:
     """60 + 60 warm iterations for all samples of learned total variation, float32."""
     crops = [problems.images(size, seed) for seed in range(count)]
     batch = {name: jnp.asarray(np.stack([crop[name] for crop in crops]), jnp.float32) for name in ("x", "y")}
-    filters = jnp.asarray(problems.first_filters(), jnp.float32)
+    learned = jb.regularizers.LearnedTV()
+    params = learned.init(jax.random.key(0), dtype=jnp.float32)
     oracle = jb.piggyback.Oracle(
-        problems.learned_tv(), problems.learned_tv_loss, solver=jb.solvers.PDHG(stride=STEPS), estimate=False,
-        max_steps=STEPS, max_adjoint_steps=STEPS,
+        jb.variational(None, learned), jb.losses.squared_error(part=(0, 0)), solver=jb.solvers.PDHG(stride=STEPS),
+        estimate=False, max_steps=STEPS, max_adjoint_steps=STEPS,
     )  # fmt: skip
-    call = jax.jit(lambda filters, warm: oracle(filters, batch, warm, tol=0.0))
-    hg = call(filters, oracle.init(filters, batch))
-    taken = seconds(call, filters, hg.warm)
+    call = jax.jit(lambda params, warm: oracle(params, batch, warm, tol=0.0))
+    hg = call(params, oracle.init(params, batch))
+    taken = seconds(call, params, hg.warm)
     figures = {"seconds": taken, "milliseconds_per_iteration": 1e3 * taken / (2 * STEPS * count)}
     recorder.add({"part": "warm", "size": size, "samples": count, "steps": STEPS, "dtype": "float32"}, figures)
 

@@ -26,7 +26,8 @@ class ImageLoss:
             or a list, None where ``data`` itself is the clean image.
         mean: divide by the number of elements.
         part: which part of ``x`` is compared: None for all of it; 0 for the primal part of a saddle problem, whose
-            unknown is the pair (x, y).
+            unknown is the pair (x, y); (0, 0) for the first part of that, the image of a regulariser with an auxiliary
+            variable, whose primal part is (x, z).
     """
 
     penalty: Callable[[Any, float], Any]
@@ -52,7 +53,8 @@ class ImageLoss:
             KeyError, IndexError: ``data`` has nothing at ``target``.
             ValueError: ``x`` and the clean image differ in structure or shape.
         """
-        x = x if self.part is None else x[self.part]
+        for part in () if self.part is None else self.part if isinstance(self.part, tuple) else (self.part,):
+            x = x[part]
         residuals = _residuals(x, _clean(data, self.target))
         total = sum(jnp.sum(self.penalty(r, self.scale)) for r in residuals)
         return total / sum(r.size for r in residuals) if self.mean else total

@@ -109,8 +109,9 @@ class SaddleProblem:
       prox_primal, prox_dual: ``prox(params, v, step, data)``, the proximal maps of step*g and step*f* at v (see
         `jbilevel.prox`); ``step`` is a number, or with ``scaling`` a pytree like v.
       init: ``init(params, data) -> (x0, y0)``, the cold start; it fixes the shapes and dtypes of both.
-      mu_primal, mu_dual: moduli of strong convexity of g and f*, numbers or ``(params, data) -> number``, 0 where there
-        is none. With both positive every solve carries a proven bound on ``||x - x_hat||``; a wrong one makes it wrong.
+      mu_primal, mu_dual: moduli of strong convexity of g and f*, numbers or ``(params, data) -> number``, the Python
+        number 0 where there is none. With both positive every solve carries a proven bound on ``||x - x_hat||``; a
+        wrong one makes it wrong.
       norm: a bound on ||K||_2, number or function; None estimates it by a power iteration, and then no hypergradient is
         certified.
       constants: `SaddleConstants`, or a function of (params, data) that returns them, for certified hypergradients.
@@ -166,9 +167,9 @@ class SaddleProblem:
         return SaddleConstants() if constants is None else jax.lax.stop_gradient(constants)
 
     def at(self, params, data) -> SaddleView:
+        moduli = [mu(params, data) if callable(mu) else mu for mu in (self.mu_primal, self.mu_dual)]
         # numbers that are 0 are unknown moduli, which solvers have to see without tracing
-        moduli = [None if not callable(mu) and mu == 0 else mu for mu in (self.mu_primal, self.mu_dual)]
-        moduli = [mu(params, data) if callable(mu) else mu for mu in moduli]
+        moduli = [None if isinstance(mu, numbers.Real) and mu == 0 else mu for mu in moduli]
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
         view = SaddleView(
             partial(_apart, lambda x: self.linear(params, x, data)),
@@ -191,7 +192,9 @@ class SaddleProblem:
         return lambda y: pull(y)[0]
 
     def check(self, params) -> None:
+        """Refuse params that ``linear`` knows to be wrong (its ``check(params)``), while their values are concrete."""
         validate_arrays(params, "params")
+        getattr(self.linear, "check", lambda params: None)(params)
 
     def start(self, params, data):
         """The cold start (x0, y0) as arrays."""

@@ -15,12 +15,9 @@ from benchmarks.saddle_problems import (
     QUADRATIC,
     ROOTS,
     experts,
-    first_filters,
     huber_energy,
     huber_tv,
     image_loss,
-    learned_tv,
-    learned_tv_loss,
     pair_loss,
     quadratic_exact,
     total_variation,
@@ -127,30 +124,6 @@ def test_differences(setup):
 
     slope = float(central_differences(line, jnp.asarray(0.0), 1e-6)[0])
     assert direction @ flat(found) == pytest.approx(slope, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_steps_that_are_pytrees():
-    """The learned discretisation of TV: blocks with steps of their own, smoothed so that differences mean something."""
-
-    def smooth_prox(filters, pair, step, data):
-        (x, q), (first, second) = pair, step
-        return jb.prox.squared_distance(x, first, data["y"]), jb.prox.huber(q, second, 0.075, 0.1, axis=0)
-
-    base = learned_tv()
-    problem = replace(
-        base, prox_primal=smooth_prox, prox_dual=lambda p, v, step, data: jb.prox.squared_distance(v, step, 0.0, 0.1)
-    )
-    filters = jnp.asarray(first_filters(3))
-    batch = jax.tree.map(lambda leaf: leaf[:, :6, :6], batch_of(HUBER, 0))
-    own = jb.piggyback.Oracle(problem, learned_tv_loss, max_steps=20000, max_adjoint_steps=20000, estimate=False)
-    hg = own(filters, batch, tol=1e-10, adjoint_tol=1e-9)
-    jb.check(hg)
-    assert not hg.certified and np.isinf(hg.lower.error)
-    direction = np.random.default_rng(0).standard_normal(filters.shape)
-    line = lambda t: own.value(filters + t * direction, batch, tol=1e-11).value  # noqa: E731
-    slope = float(central_differences(line, jnp.asarray(0.0), 1e-5)[0])
-    assert float(jnp.sum(direction * hg.grad)) == pytest.approx(slope, rel=1e-6)
 
 
 def test_saddle_point_is_differentiable():

@@ -14,10 +14,8 @@ from benchmarks.saddle_problems import (
     ROOTS,
     _frobenius,
     experts,
-    first_filters,
     huber_energy,
     huber_tv,
-    learned_tv,
     quadratic_exact,
     total_variation,
 )
@@ -38,13 +36,6 @@ def of(setup, seed=0):
 def test_problems_are_what_they_claim(name):
     problem, params, data = of(SETUPS[name])
     problem.verify(params, data)
-
-
-@pytest.mark.slow
-def test_learned_tv_is_what_it_claims():
-    """A pytree as primal unknown, steps that are pytrees, and a transpose written by hand."""
-    data = jax.tree.map(lambda leaf: leaf[:6, :5], HUBER.sample(0))
-    learned_tv().verify(jnp.asarray(first_filters(3)), data)
 
 
 def test_closed_form_and_the_certificate():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,31 @@ def extend(z, size: int, boundary: str):
 def copies(boundary: str) -> int:
     """||extension||^2: how often a pixel occurs in the extended image. Twice per axis at most, as filters fit in it."""
     return 4 if boundary == "symmetric" else 1
+
+
+class Bank(NamedTuple):
+    """The convolution layer of kernels (O, C, k, k) with a boundary as a linear map, with its transpose and norm."""
+
+    kernels: jax.Array
+    boundary: str
+
+    def linear(self, z):
+        """(C, H, W) to (O, h, w)."""
+        return correlate(self.kernels, extend(z, self.kernels.shape[-1], self.boundary))
+
+    def transpose(self, y):
+        _, channels, size, _ = self.kernels.shape
+        more = size - 1 if self.boundary == "valid" else 0
+        z = jax.ShapeDtypeStruct((channels, *(n + more for n in y.shape[-2:])), y.dtype)
+        return jax.linear_transpose(self.linear, z)(y)[0]
+
+    def norm_squared(self):
+        """A proven bound: by the spectrum for one channel, by the sums of absolute values for more."""
+        if self.kernels.shape[1] == 1:
+            bound = spectral_bound(self.kernels[:, 0])
+        else:
+            bound = jnp.linalg.norm(jnp.sum(jnp.abs(self.kernels), axis=(2, 3)), 2) ** 2
+        return copies(self.boundary) * bound
 
 
 def compose(kernels):

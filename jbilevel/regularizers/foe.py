@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel import prox
 from jbilevel.constants import Constants
 from jbilevel.regularizers import filters as banks
 from jbilevel.regularizers.potentials import potential_named
+from jbilevel.regularizers.saddle_blocks import SaddleBlocks
+
+_CONJUGATES = {"huber": prox.huber_conjugate, "psi": prox.smoothed_relu_conjugate}
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,32 @@ class FoE:
             sizes = jnp.linalg.norm(filters, axis=(1, 2))
             hessian_lipschitz = potential.third * grown**1.5 * bound(weights * sizes / smoothing**2)
         return Constants(jnp.zeros_like(smoothness), smoothness, hessian_lipschitz)
+
+    def saddle(self, params) -> SaddleBlocks:
+        """One dual field (count, h, w) of responses: the conjugates are nu_i/(2 weight_i) q^2 on an interval.
+
+        [-weight_i, weight_i] for the "huber" potential and [0, weight_i] for "psi" (paper 3, (35)); ValueError for the
+        others. The dual is strongly convex with min_i nu_i/weight_i.
+        """
+        self.check(params)
+        if self.potential not in _CONJUGATES:
+            raise ValueError(
+                f"the saddle form of FoE needs `potential` 'huber' or 'psi', whose conjugates have a prox in closed "
+                f"form, got {self.potential!r}."
+            )
+        conjugate, kernels = _CONJUGATES[self.potential], params["filters"][:, None]
+        weights, widths = (v[:, None, None] for v in self.weights(params))
+
+        def start(x):
+            shape = jax.eval_shape(lambda x: bank.linear(x[None]), x).shape
+            return (), jnp.zeros(shape, x.dtype)
+
+        bank = banks.Bank(kernels, self.boundary)
+        return SaddleBlocks(
+            lambda x, z: bank.linear(x[None]), lambda q: (bank.transpose(q)[0], ()), lambda v, step: v,
+            lambda v, step: conjugate(v, step, weights, widths), start, lambda: ((1.0, ()), 1 / bank.norm_squared()),
+            0.0, jnp.min(widths / weights),
+        )  # fmt: skip
 
     def project(self, params):
         """Nearest params with nu_i >= smoothing_min and, with ``zero_mean``, filters of mean 0."""

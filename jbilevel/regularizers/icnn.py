@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel import prox
 from jbilevel.constants import Constants
 from jbilevel.regularizers import filters as banks
 from jbilevel.regularizers.potentials import potential_named
+from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,46 @@ class ICNN:
 
         composed = jnp.linalg.norm(matrix, 2) ** 2 * banks.spectral_bound(first)
         return Constants(-scale * bound(loss), scale * (composed + bound(gain)))
+
+    def saddle(self, params) -> SaddleBlocks:
+        """z with psi_w(V x + b_1) <= z, hence equal to it where W matters; q = ((q_1, q_2), q_3) for (V x, z) and W z.
+
+        The conjugate of the epigraph's indicator, and that of e^g psi_w (paper 3, (32)-(33), whose printed signs of the
+        data term are corrected in `variational`; Wong, Ehrhardt & Mukherjee 2024). Nothing is strongly convex in z.
+        ValueError for "smoothstep", whose proxes have no closed form.
+        """
+        self.check(params)
+        if self.potential != "psi":
+            raise ValueError(f"the saddle form of ICNN needs `potential` 'psi', got {self.potential!r}.")
+        first, second = banks.Bank(params["first"][:, None], self.boundary), banks.Bank(params["second"], self.boundary)
+        biases = [params[key][:, None, None] if self.bias else 0.0 for key in ("first_bias", "second_bias")]
+        weight = jnp.exp(params["log_weight"])
+
+        def linear(x, z):
+            return (first.linear(x[None]), z), second.linear(z)
+
+        def transpose(q):
+            (q_1, q_2), q_3 = q
+            return first.transpose(q_1)[0], q_2 + second.transpose(q_3)
+
+        def prox_dual(v, step):
+            (v_1, v_2), v_3 = v
+            s = step[0][0]  # one for both: the projection is onto a set that couples them
+            p, q = prox.smoothed_relu_epigraph(v_1 / s + biases[0], v_2 / s, self.width)
+            q_3 = prox.smoothed_relu_conjugate(v_3 + step[1] * biases[1], step[1], weight, self.width)
+            return (v_1 - s * (p - biases[0]), v_2 - s * q), q_3
+
+        def start(x):
+            z = self._layer(params["first"][:, None], params.get("first_bias"), x[None])
+            q = jax.eval_shape(linear, x, z)
+            return z, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), q)
+
+        def scaling():
+            """t_x |V|^2 s_1 = 1 and t_z (s_1 + |W|^2 s_3) = 1."""
+            s_1, s_3 = (1 / bank.norm_squared() for bank in (first, second))
+            return (1.0, 1 / (s_1 + 1)), ((s_1, s_1), s_3)
+
+        return SaddleBlocks(linear, transpose, lambda v, step: v, prox_dual, start, scaling, 0.0, 0.0)
 
     def project(self, params):
         """Nearest params with W >= 0 and, with ``zero_mean``, first filters of mean 0."""

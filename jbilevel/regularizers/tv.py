@@ -1,4 +1,4 @@
-"""Smoothed total variation with learnable weight and smoothing."""
+"""Total variation, exact and smoothed, with learnable weight and smoothing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel import prox
 from jbilevel.constants import Constants
-from jbilevel.operators.differences import forward_difference
+from jbilevel.operators.differences import Gradient, forward_difference
+from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 # sup_t |d^3/dt^3 sqrt(t^2 + 1)|, at t = 1/2; a symmetric trilinear form on a Hilbert space attains its norm on the
 # diagonal (Banach 1938), so the constant of the scalar function also holds for sqrt(|v|^2 + 1).
@@ -105,3 +107,64 @@ class SmoothedTV:
         if self.eps is not None:
             return params
         return params.at[1].set(jnp.clip(params[1], np.log(self.eps_min), np.log(self.eps_max)))
+
+
+@dataclass(frozen=True)
+class TV:
+    """R(theta, x) = lambda sum_pixels h(|D x|), lambda = exp(theta[0]): total variation itself, or Huber's of a width.
+
+    h(t) = t for ``width=0`` (Rudin, Osher & Fatemi 1992), else t^2/(2 width) up to width and t - width/2 beyond. D
+    takes forward differences with Neumann boundary and |.| is the 2-norm of both (isotropic), as in `SmoothedTV`. Not
+    smooth: `jbilevel.variational` makes a `SaddleProblem` of it, whose dual is strongly convex with width/lambda.
+
+    theta has shape (1,); x has shape (H, W), any float dtype; ValueError otherwise.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.variational(None, jb.regularizers.TV())  # two pixels: each moves towards the other by lambda
+    >>> (x, y), info = jb.solve(problem, jnp.log(jnp.array([0.1])), jnp.array([[0.0, 1.0]]), tol=1e-6)
+    >>> bool(jnp.allclose(x, jnp.array([[0.1, 0.9]]), atol=1e-4))
+    True
+    """
+
+    width: float = 0.0
+
+    form = "saddle"
+
+    def __post_init__(self):
+        if not self.width >= 0:
+            raise ValueError(f"`width` of TV must be nonnegative, got {self.width}.")
+
+    def init(self, key=None, *, weight: float = 0.075, dtype=None):
+        """theta at a reasonable start for images in [0, 1] with noise of about 0.1; deterministic (key is ignored)."""
+        return jnp.log(jnp.asarray([weight], dtype or jnp.result_type(float)))
+
+    def check(self, params) -> None:
+        if jnp.shape(params) != (1,):
+            raise ValueError(f"params of TV must have shape (1,), got {jnp.shape(params)}; see its init.")
+
+    def __call__(self, params, x):
+        self.check(params)
+        squared = sum(d * d for d in Gradient(x.shape)(x))
+        short = squared <= self.width**2
+        length = jnp.sqrt(jnp.where(short, 1.0, squared))
+        inside = squared / (2 * self.width) if self.width else 0.0
+        return jnp.exp(params[0]) * jnp.sum(jnp.where(short, inside, length - self.width / 2))
+
+    def saddle(self, params) -> SaddleBlocks:
+        """max over |q| <= lambda pixel by pixel of <D x, q> - width/(2 lambda) |q|^2."""
+        self.check(params)
+        weight = jnp.exp(params[0])
+
+        def prox_dual(v, step):
+            if self.width:
+                return prox.huber_conjugate(v, step, weight, self.width, axis=0)
+            return prox.ball(v, weight, axis=0)
+
+        def linear(x, z):
+            return Gradient(x.shape)(x)
+
+        return SaddleBlocks(
+            linear, lambda q: (Gradient(q.shape[1:]).T(q), ()), lambda v, step: v, prox_dual,
+            lambda x: ((), jnp.zeros((2, *x.shape), x.dtype)), lambda: ((0.1, ()), 10 / 8), 0.0,
+            self.width / weight if self.width else 0.0,
+        )  # fmt: skip

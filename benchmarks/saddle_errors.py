@@ -141,7 +141,7 @@ def warm_hypergradient(recorder, size: int, count: int) -> None:
     params = learned.init(jax.random.key(0), dtype=jnp.float32)
     oracle = jb.piggyback.Oracle(
         jb.variational(None, learned), jb.losses.squared_error(part=(0, 0)), solver=jb.solvers.PDHG(stride=STEPS),
-        estimate=False, max_steps=STEPS, max_adjoint_steps=STEPS,
+        estimate=False, max_steps=STEPS, max_adjoint_steps=STEPS, chunk=4,
     )  # fmt: skip
     call = jax.jit(lambda params, warm: oracle(params, batch, warm, tol=0.0))
     hg = call(params, oracle.init(params, batch))

@@ -172,8 +172,8 @@ class SaddleProblem:
         moduli = [None if isinstance(mu, numbers.Real) and mu == 0 else mu for mu in moduli]
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
         view = SaddleView(
-            partial(_apart, lambda x: self.linear(params, x, data)),
-            partial(_apart, self._transposed(params, data)),
+            partial(_apart, lambda x: self.linear(params, x, data), params),
+            partial(_apart, self._transposed(params, data), params),
             lambda v, step: self.prox_primal(params, v, step, data),
             lambda v, step: self.prox_dual(params, v, step, data),
             *jax.lax.stop_gradient(moduli), None, self.norm is not None, jax.lax.stop_gradient(scaling),
@@ -299,15 +299,17 @@ def lengths(view: SaddleView, v, image):
     return jnp.sqrt(trees.dot(v, prox.divided(v, t))), jnp.sqrt(trees.dot(image, prox.times(s, image)))
 
 
-def _apart(function, v):
+def _apart(function, params, v):
     """function(v), computed once and stored: K and K* inside the loops of solvers.
 
     XLA on a CPU fuses a convolution into all that consumes its result, and so computes it several times (13 times
-    slower where measured); a branch whose condition it cannot know keeps them apart. Numbers that large are lost.
+    slower where measured); a branch whose condition it cannot know keeps them apart. The condition reads params, not v,
+    so that it stays one branch where v is one of a batch. Numbers that large are lost.
     """
-    first = jax.tree.leaves(v)[0]
-    lost = jnp.ravel(first)[0] > 0.5 * jnp.finfo(first.dtype).max
+    inexact = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    first = jnp.ravel(jnp.asarray((inexact or jax.tree.leaves(v))[0]))[0]
+    lost = jnp.real(first) > 0.5 * jnp.finfo(first.dtype).max
     nothing = lambda v: jax.tree.map(  # noqa: E731
         lambda o: jnp.full(o.shape, jnp.nan, o.dtype), jax.eval_shape(function, v)
     )
-    return jax.lax.cond(lost, nothing, function, v)
+    return jax.lax.cond(jax.lax.stop_gradient(lost), nothing, function, v)

@@ -18,6 +18,7 @@ import numpy as np
 from jbilevel import trees
 
 FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
+HALLEY_STEPS = 3
 NEWTON_STEPS = 6  # to rounding, from the right of the root of a convex increasing cubic
 
 
@@ -98,6 +99,56 @@ def huber_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
     """Prox of the conjugate of `huber`'s function: width/(2 weight) |y|^2 where |y| <= weight, else infinite."""
     shrunk = v / (1.0 + step * width / weight)
     return box(shrunk, -weight, weight) if axis is None else ball(shrunk, weight, axis=axis)
+
+
+def root(v, step, weight=1.0, width=1.0, *, axis=None):
+    """Prox of weight sum sqrt(|x|^2 + width^2), |x| as in `huber`: smoothed total variation and its relatives."""
+    return v - step * root_conjugate(v / step, 1.0 / step, weight, width, axis=axis)
+
+
+def root_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
+    """Prox of the conjugate of `root`'s function: -width sqrt(weight^2 - |y|^2) where |y| <= weight, else infinite.
+
+    |y| = weight u/sqrt(1 + u^2) with weight u/sqrt(1 + u^2) + step width u = |v|: concave in u, found to rounding by a
+    fixed number of Halley's steps from a start that is right within 40 % for all values.
+    """
+    # below this floor the ratio matters to nobody, and powers of u overflow
+    ratio = jnp.maximum(step * width / weight, jnp.finfo(v.dtype).eps ** 1.5)
+
+    def factor(length):
+        u = _root_slope(length / weight, ratio)
+        inverse = jax.lax.rsqrt(1.0 + u * u)
+        return inverse / (inverse + ratio)
+
+    return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
+
+
+def _root_slope(r, ratio):
+    """u with u/sqrt(1 + u^2) + ratio u = r, r >= 0."""
+
+    def terms(u):
+        inverse = jax.lax.rsqrt(1.0 + u * u)
+        slope = inverse**3 + ratio
+        return u * inverse + ratio * u - r, slope, -3.0 * u * inverse**5
+
+    def halley(u):
+        value, slope, bend = terms(u)
+        return u - 2.0 * value * slope / (2.0 * slope**2 - value * bend)
+
+    def newton(u):
+        value, slope, _ = terms(u)
+        return u - value / slope
+
+    # bounds from below, and half of what holds where one of both terms matters little
+    inside = r < 1.0
+    alone = jnp.where(inside, r * jax.lax.rsqrt(jnp.where(inside, (1.0 - r) * (1.0 + r), 1.0)), jnp.inf)
+    knee = (2.0 * ratio) ** (-1.0 / 3.0)
+    start = jnp.maximum(jnp.maximum(r / (1.0 + ratio), (r - 1.0) / ratio), 0.5 * jnp.minimum(alone, knee))
+    u = jax.lax.stop_gradient(start)
+    for _ in range(HALLEY_STEPS):
+        u = jax.lax.stop_gradient(halley(u))
+    # two more steps from a point that counts as fixed carry first and second derivatives exactly
+    return newton(newton(u))
 
 
 def smoothed_relu(v, step, weight=1.0, width=0.01):

@@ -39,6 +39,11 @@ SCALAR = {
         lambda v, s: prox.huber_conjugate(v, s, WEIGHT, WIDTH),
         lambda t: on(np.abs(t) <= WEIGHT, WIDTH / (2 * WEIGHT) * t**2),
     ),
+    "root": (lambda v, s: prox.root(v, s, WEIGHT, WIDTH), lambda t: WEIGHT * np.sqrt(t**2 + WIDTH**2)),
+    "root-conjugate": (
+        lambda v, s: prox.root_conjugate(v, s, WEIGHT, WIDTH),
+        lambda t: on(np.abs(t) <= WEIGHT, -WIDTH * np.sqrt(np.maximum(WEIGHT**2 - t**2, 0))),
+    ),
     "relu": (lambda v, s: prox.smoothed_relu(v, s, WEIGHT, WIDTH), lambda t: WEIGHT * relu(t)),
     "relu-conjugate": (
         lambda v, s: prox.smoothed_relu_conjugate(v, s, WEIGHT, WIDTH),
@@ -48,6 +53,7 @@ SCALAR = {
 CONJUGATES = {
     "squared": "squared-conjugate",
     "huber": "huber-conjugate",
+    "root": "root-conjugate",
     "relu": "relu-conjugate",
 }
 

@@ -13,15 +13,18 @@ from jbilevel.variational import image_of
 REGULARIZERS = {
     "TV": jb.regularizers.TV(),
     "Huber-TV": jb.regularizers.TV(width=0.05),
+    "SmoothedTV": jb.regularizers.SmoothedTV(),
+    "SmoothedTV, anisotropic": jb.regularizers.SmoothedTV("anisotropic", 0.05),
     "LearnedTV": jb.regularizers.LearnedTV(count=3, size=3),
     "LearnedTV, curved": jb.regularizers.LearnedTV(3, 3, "free", 0.1, 0.1, 0.05),
     "TGV": jb.regularizers.TGV(),
     "FoE, psi": jb.regularizers.FoE(count=3, size=3, potential="psi"),
     "FoE, huber": jb.regularizers.FoE(count=3, size=3, potential="huber", boundary="zero"),
+    "FoE, root": jb.regularizers.FoE(count=3, size=3),
     "ICNN": jb.regularizers.ICNN(hidden=4, outputs=2, size=3),
     "ICNN, bias": jb.regularizers.ICNN(hidden=4, outputs=2, size=3, bias=True, boundary="valid"),
 }
-BOTH = [name for name in REGULARIZERS if name.startswith(("FoE", "ICNN"))]
+BOTH = [name for name in REGULARIZERS if name.startswith(("SmoothedTV", "FoE", "ICNN"))]
 SHAPE = (8, 7)
 
 
@@ -63,6 +66,16 @@ def test_dualised_operators_are_what_they_claim(name, kind):
     problem.verify(params_of(name), operator(image()[0]))
 
 
+def test_colour_images_have_both_forms():
+    params, data = jnp.log(jnp.array([0.1, 0.05])), jnp.stack([image(s)[1] for s in range(3)], -1)
+    for channels in ("coupled", "separate"):
+        regularizer = jb.regularizers.SmoothedTV(channels=channels)
+        smooth, _ = jb.solve(jb.variational(None, regularizer), params, data, tol=1e-8)
+        problem = jb.variational(None, regularizer, form="saddle")
+        problem.verify(params, data)
+        assert float(jnp.linalg.norm(jb.solve(problem, params, data, tol=1e-7)[0][0] - smooth)) <= 2e-7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("name", BOTH)
@@ -76,7 +89,7 @@ def test_both_forms_have_one_solution(name, kind):
     jb.check(info)
     assert float(jnp.linalg.norm(image_of(pair) - smooth)) <= 2e-5
     # with z in the problem nothing is strongly convex
-    assert np.isfinite(info.error) == name.startswith("FoE")
+    assert np.isfinite(info.error) == name.startswith(("SmoothedTV", "FoE"))
 
 
 def test_total_variation_is_the_limit_of_the_smoothed_one():
@@ -169,8 +182,11 @@ def test_hypergradient_equals_the_implicit_one():
 
 
 def test_what_cannot_be_is_refused():
-    foe, icnn = jb.regularizers.FoE(count=3, size=3), jb.regularizers.ICNN(hidden=4, outputs=2, size=3)
-    with pytest.raises(ValueError, match="'huber' or 'psi'"):
+    foe, icnn = (
+        jb.regularizers.FoE(count=3, size=3, potential="spline"),
+        jb.regularizers.ICNN(hidden=4, outputs=2, size=3),
+    )
+    with pytest.raises(ValueError, match="one of root, huber, psi"):
         jb.solve(jb.variational(None, foe, form="saddle"), foe.init(jax.random.key(0)), image()[1])
     params = icnn.init(jax.random.key(0))
     negative = params | {"second": -params["second"]}
@@ -183,7 +199,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="not smooth"):
         jb.variational(None, jb.regularizers.TGV(), form="smooth")
     with pytest.raises(ValueError, match="no saddle form"):
-        jb.variational(None, jb.regularizers.SmoothedTV(), form="saddle")
+        jb.variational(None, jb.regularizers.CRR(), form="saddle")
     with pytest.raises(ValueError, match="`nonnegative`"):
         jb.variational(None, foe, nonnegative=True)
     with pytest.raises(ValueError, match="`ridge`"):

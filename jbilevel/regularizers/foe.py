@@ -14,7 +14,11 @@ from jbilevel.regularizers import filters as banks
 from jbilevel.regularizers.potentials import potential_named
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
-_CONJUGATES = {"huber": prox.huber_conjugate, "psi": prox.smoothed_relu_conjugate}
+_CONJUGATES = {
+    "root": prox.root_conjugate,
+    "huber": prox.huber_conjugate,
+    "psi": prox.smoothed_relu_conjugate,
+}
 
 
 @dataclass(frozen=True)
@@ -120,16 +124,16 @@ class FoE:
         return Constants(jnp.zeros_like(smoothness), smoothness, hessian_lipschitz)
 
     def saddle(self, params) -> SaddleBlocks:
-        """One dual field (count, h, w) of responses: the conjugates are nu_i/(2 weight_i) q^2 on an interval.
+        """One dual field (count, h, w) of responses; the dual is strongly convex with min_i nu_i/weight_i.
 
-        [-weight_i, weight_i] for the "huber" potential and [0, weight_i] for "psi" (paper 3, (35)); ValueError for the
-        others. The dual is strongly convex with min_i nu_i/weight_i.
+        The conjugates are nu_i/(2 weight_i) q^2 on [-weight_i, weight_i] for the "huber" potential, on [0, weight_i]
+        for "psi" (paper 3, (35)), and -nu_i sqrt(weight_i^2 - q^2) for "root"; ValueError for the others.
         """
         self.check(params)
         if self.potential not in _CONJUGATES:
             raise ValueError(
-                f"the saddle form of FoE needs `potential` 'huber' or 'psi', whose conjugates have a prox in closed "
-                f"form, got {self.potential!r}."
+                f"the saddle form of FoE needs `potential` to be one of {', '.join(_CONJUGATES)}, got "
+                f"{self.potential!r}: the prox of its conjugate is not at hand."
             )
         conjugate, kernels = _CONJUGATES[self.potential], params["filters"][:, None]
         weights, widths = (v[:, None, None] for v in self.weights(params))

@@ -102,6 +102,30 @@ class SmoothedTV:
         mixed_lipschitz = (np.sqrt(2.0) if learned else 1.0) * 8 * weight / eps
         return Constants(jnp.zeros_like(weight), 8 * weight / eps, hessian_lipschitz, mixed_lipschitz, mixed_norm)
 
+    def saddle(self, params) -> SaddleBlocks:
+        """max over q of <D x, q> + eps sum sqrt(lambda^2 - |q|^2): strongly concave with eps/lambda.
+
+        q has the shape (2, H, W) or (2, H, W, C) of the differences.
+        """
+        weight, eps = self.scales(params)
+
+        def linear(x, z):
+            return Gradient(x.shape, axes=(0, 1))(x)
+
+        def prox_dual(v, step):
+            if self.kind == "anisotropic":
+                return prox.root_conjugate(v, step, weight, eps)
+            if v.ndim == 4 and self.channels == "coupled":
+                both = jnp.moveaxis(v, 3, 1)
+                flat = prox.root_conjugate(both.reshape(-1, *both.shape[2:]), step, weight, eps, axis=0)
+                return jnp.moveaxis(flat.reshape(both.shape), 1, 3)
+            return prox.root_conjugate(v, step, weight, eps, axis=0)
+
+        return SaddleBlocks(
+            linear, lambda q: (Gradient(q.shape[1:], axes=(0, 1)).T(q), ()), lambda v, step: v, prox_dual,
+            lambda x: ((), jnp.zeros((2, *x.shape), x.dtype)), lambda: ((0.1, ()), 10 / 8), 0.0, eps / weight,
+        )  # fmt: skip
+
     def project(self, params):
         """Nearest theta with eps_min <= eps <= eps_max (pass as ``projection=`` to a method)."""
         if self.eps is not None:

@@ -102,34 +102,43 @@ def huber_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
 
 
 def root(v, step, weight=1.0, width=1.0, *, axis=None):
-    """Prox of weight sum sqrt(|x|^2 + width^2), |x| as in `huber`: smoothed total variation and its relatives."""
-    return v - step * root_conjugate(v / step, 1.0 / step, weight, width, axis=axis)
+    """Prox of weight sum sqrt(|x|^2 + width^2), |x| as in `huber`: smoothed total variation and its relatives.
+
+    |x| = width u with step weight u/sqrt(1 + u^2) + width u = |v|.
+    """
+
+    def factor(length):
+        bent, straight = _root_split(step * weight, width, length)
+        return straight / (bent + straight)
+
+    return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
 
 
 def root_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
     """Prox of the conjugate of `root`'s function: -width sqrt(weight^2 - |y|^2) where |y| <= weight, else infinite.
 
-    |y| = weight u/sqrt(1 + u^2) with weight u/sqrt(1 + u^2) + step width u = |v|: concave in u, found to rounding by a
-    fixed number of Halley's steps from a start that is right within 40 % for all values.
+    |y| = weight u/sqrt(1 + u^2) with weight u/sqrt(1 + u^2) + step width u = |v|.
     """
-    # below this floor the ratio matters to nobody, and powers of u overflow
-    ratio = jnp.maximum(step * width / weight, jnp.finfo(v.dtype).eps ** 1.5)
 
     def factor(length):
-        u = _root_slope(length / weight, ratio)
-        inverse = jax.lax.rsqrt(1.0 + u * u)
-        return inverse / (inverse + ratio)
+        bent, straight = _root_split(weight, step * width, length)
+        return bent / (bent + straight)
 
     return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
 
 
-def _root_slope(r, ratio):
-    """u with u/sqrt(1 + u^2) + ratio u = r, r >= 0."""
+def _root_split(a, b, c):
+    """(a/sqrt(1 + u^2), b) over a + b, for the u >= 0 with a u/sqrt(1 + u^2) + b u = c.
+
+    Concave in u: solved to rounding by a fixed number of Halley's steps from a start that is right within 40 %.
+    """
+    a, b, c = a / (a + b), b / (a + b), c / (a + b)
+    b = jnp.maximum(b, jnp.finfo(c.dtype).eps ** 1.5)  # what lies below matters to nobody, and powers of u overflow
 
     def terms(u):
         inverse = jax.lax.rsqrt(1.0 + u * u)
-        slope = inverse**3 + ratio
-        return u * inverse + ratio * u - r, slope, -3.0 * u * inverse**5
+        slope = a * inverse**3 + b
+        return (a * inverse + b) * u - c, slope, -3.0 * a * u * inverse**5
 
     def halley(u):
         value, slope, bend = terms(u)
@@ -140,15 +149,15 @@ def _root_slope(r, ratio):
         return u - value / slope
 
     # bounds from below, and half of what holds where one of both terms matters little
-    inside = r < 1.0
-    alone = jnp.where(inside, r * jax.lax.rsqrt(jnp.where(inside, (1.0 - r) * (1.0 + r), 1.0)), jnp.inf)
-    knee = (2.0 * ratio) ** (-1.0 / 3.0)
-    start = jnp.maximum(jnp.maximum(r / (1.0 + ratio), (r - 1.0) / ratio), 0.5 * jnp.minimum(alone, knee))
-    u = jax.lax.stop_gradient(start)
+    inside = c < a
+    alone = jnp.where(inside, c * jax.lax.rsqrt(jnp.where(inside, (a - c) * (a + c), 1.0)), jnp.inf)
+    knee = (a / (2.0 * b)) ** (1.0 / 3.0)
+    u = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(c, (c - a) / b), 0.5 * jnp.minimum(alone, knee)))
     for _ in range(HALLEY_STEPS):
         u = jax.lax.stop_gradient(halley(u))
     # two more steps from a point that counts as fixed carry first and second derivatives exactly
-    return newton(newton(u))
+    u = newton(newton(u))
+    return a * jax.lax.rsqrt(1.0 + u * u), b
 
 
 def smoothed_relu(v, step, weight=1.0, width=0.01):

@@ -66,6 +66,7 @@ def test_dualised_operators_are_what_they_claim(name, kind):
     problem.verify(params_of(name), operator(image()[0]))
 
 
+@pytest.mark.slow
 def test_colour_images_have_both_forms():
     params, data = jnp.log(jnp.array([0.1, 0.05])), jnp.stack([image(s)[1] for s in range(3)], -1)
     for channels in ("coupled", "separate"):

@@ -150,7 +150,8 @@ def _root_split(a, b, c):
 
     # bounds from below, and half of what holds where one of both terms matters little
     inside = c < a
-    alone = jnp.where(inside, c * jax.lax.rsqrt(jnp.where(inside, (a - c) * (a + c), 1.0)), jnp.inf)
+    share = jnp.where(inside, c / jnp.where(inside, a, 1.0), 0.0)
+    alone = jnp.where(inside, share * jax.lax.rsqrt((1.0 - share) * (1.0 + share)), jnp.inf)
     knee = (a / (2.0 * b)) ** (1.0 / 3.0)
     u = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(c, (c - a) / b), 0.5 * jnp.minimum(alone, knee)))
     for _ in range(HALLEY_STEPS):

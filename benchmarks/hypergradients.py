@@ -35,8 +35,9 @@ class Row(NamedTuple):
 
     make: Callable
     kind: str  # "jbilevel", "peer", "unrolled" or "biased" (its error does not vanish with the tolerance)
-    tuned: str = "tolerances"  # or "steps" (the same number for all), or "nothing"
+    tuned: str = "tolerances"  # or "steps", or "nothing"
     warm: bool = False
+    lean: str = "unrolled, checkpointed"  # with tuned="steps": the row that computes the same in less memory
 
 
 def _report(hg) -> dict[str, Any]:
@@ -49,14 +50,14 @@ def _report(hg) -> dict[str, Any]:
     }
 
 
-def _oracle(kind=jb.implicit.Oracle, *, with_steps=False, truncate=None, **options):
-    """Row.make of one of the library's oracles."""
+def _oracle(kind=jb.implicit.Oracle, *, with_steps=False, truncate=None, saddle=False, **options):
+    """Row.make of one of the library's oracles; ``saddle``: of the same problem in the saddle form."""
 
     def make(problem, steps):
         own = {"steps": steps} if with_steps else {}
         if truncate:
             own["truncate"] = max(1, steps // truncate)
-        oracle = kind(problem, tv.loss, **own, **options)
+        oracle = kind(*((tv.SADDLE, tv.pair_loss) if saddle else (problem, tv.loss)), **own, **options)
 
         def hypergradient(theta, batch, warm, tol, adjoint_tol):
             hg = oracle(theta, batch, warm, tol=tol, adjoint_tol=adjoint_tol)
@@ -91,6 +92,9 @@ def _peer(build):
 
 AGD = jb.solvers.AGD()
 _unrolled = partial(_oracle, jb.unroll.Oracle, with_steps=True, solver=AGD)
+_piggyback = partial(_oracle, jb.piggyback.Oracle, saddle=True)
+_unrolled_pdhg = partial(_unrolled, saddle=True, solver=jb.solvers.PDHG(stride=1))
+PDHG = "unrolled PDHG, checkpointed"
 ROWS: dict[str, Row] = {
     "implicit": Row(_oracle(estimate=False), "jbilevel"),
     "implicit, error estimated": Row(_oracle(), "jbilevel"),
@@ -100,10 +104,16 @@ ROWS: dict[str, Row] = {
     "corrected, AGD": Row(_oracle(correct=True, solver=AGD), "jbilevel"),
     "warm": Row(_oracle(estimate=False), "jbilevel", warm=True),
     "warm, corrected": Row(_oracle(correct=True), "jbilevel", warm=True),
+    "piggyback": Row(_piggyback(estimate=False), "jbilevel"),
+    "piggyback, error estimated": Row(_piggyback(), "jbilevel"),
+    "piggyback, corrected": Row(_piggyback(correct=True), "jbilevel"),
+    "piggyback, simultaneous": Row(_piggyback(estimate=False, mode="simultaneous"), "jbilevel"),
     "one step": Row(_oracle(jb.unroll.OneStep, estimate=False), "biased", tuned="nothing"),
     "one step, corrected": Row(_oracle(jb.unroll.OneStep, correct=True), "biased", tuned="nothing"),
     "unrolled": Row(_unrolled(), "unrolled", tuned="steps"),
     "unrolled, checkpointed": Row(_unrolled(checkpoint=True), "unrolled", tuned="steps"),
+    "unrolled PDHG": Row(_unrolled_pdhg(), "unrolled", tuned="steps", lean=PDHG),
+    PDHG: Row(_unrolled_pdhg(checkpoint=True), "unrolled", tuned="steps", lean=PDHG),
     "truncated, last quarter": Row(_unrolled(truncate=4), "biased", tuned="steps"),
     **{name: Row(_peer(build), "peer") for name, build in peers.PEERS.items()},
 }
@@ -172,7 +182,7 @@ class Case:
         tol = adjoint_tol = self.target
         steps = None
         if row.tuned == "steps":
-            steps = self.steps or known.get("steps") or self._fewest_steps(known["guess"])
+            steps = self.steps or known.get("steps") or self._fewest_steps(ROWS[row.lean], known["guess"])
         compiled = self.compile(row, steps)
         error = partial(self.error, row, compiled)
         if row.tuned == "tolerances":
@@ -184,9 +194,7 @@ class Case:
         report = {name: float(value) for name, value in compiled.call(*arguments)[1].items()}
         return Entry(row, compiled, arguments, settings, error(tol, adjoint_tol), report)
 
-    def _fewest_steps(self, guess: int) -> int:
-        row = ROWS["unrolled, checkpointed"]  # computes what the unrolled row does, in less memory
-
+    def _fewest_steps(self, row: Row, guess: int) -> int:
         def error(steps):
             return self.error(row, self.compile(row, steps), self.target, self.target)
 
@@ -254,10 +262,11 @@ def _variations(case: Case, entry: Entry, tolerances):
 
 
 def _known(entries, name: str) -> dict:
-    """Settings that were found for the same alternative with another energy; unrolling has one number of steps."""
+    """Settings found for the same alternative with another energy, or steps of one that computes the same."""
     known = {}
     for (other, _), entry in entries.items():
-        if isinstance(entry, Entry) and (other == name or "steps" in entry.settings):
+        same = other == name or ROWS[other].lean == ROWS[name].lean
+        if isinstance(entry, Entry) and same and ("steps" in entry.settings or other == name):
             known |= entry.settings
     return known
 

@@ -14,6 +14,7 @@ import jbilevel as jb
 from jbilevel import prox
 from jbilevel.constants import Constants, SaddleConstants
 from jbilevel.operators import forward_difference
+from jbilevel.variational import image_of
 
 WIDTH = 0.01
 _THIRD_DERIVATIVE = 1.5 / 1.25**2.5  # sup of the third derivative of sqrt(1 + t^2)
@@ -25,10 +26,11 @@ class Setup(NamedTuple):
     problem: jb.SaddleProblem
     params: Callable[[int], Any]
     sample: Callable[[int], Any]
+    reference: float = 1e-12  # tolerance of a solve that counts as exact
 
 
 def image_loss(params, pair, data):
-    return 0.5 * jnp.sum((pair[0] - data["x"]) ** 2)
+    return 0.5 * jnp.sum((image_of(pair) - data["x"]) ** 2)
 
 
 def pair_loss(params, pair, data):
@@ -199,7 +201,17 @@ def total_variation(size: int) -> Setup:
         mu_primal=1.0,
         norm=8**0.5,
     )
-    return Setup(problem, lambda seed: jnp.asarray(-2.5), partial(images, size))
+    return Setup(problem, lambda seed: jnp.asarray(-2.5), partial(images, size), 1e-9)
+
+
+def learned_tv(size: int) -> Setup:
+    """Paper 3, (29): no modulus in the auxiliary field nor in the dual."""
+    learned = jb.regularizers.LearnedTV(count=3, size=3)
+
+    def params(seed: int):
+        return learned.init(jax.random.key(seed), noise=0.1, dtype=jnp.float64)
+
+    return Setup(jb.variational(None, learned), params, partial(images, size), 1e-8)
 
 
 def _responses(filters, x):

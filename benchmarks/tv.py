@@ -1,4 +1,4 @@
-"""The reference problem: smoothed TV denoising with theta = (-2.5, -4), as a user writes it and as the library has it.
+"""The reference problem: smoothed TV denoising with theta = (-2.5, -4), by a user, by the library, as a saddle point.
 
 min_x 1/2 ||x - y||^2 + exp(theta_0) sum_pixels sqrt(|grad x|^2 + exp(theta_1)^2),   loss 1/2 ||x_hat - clean||^2
 """
@@ -39,6 +39,13 @@ PROBLEMS = {
     ),
     "library": jb.variational(None, jb.regularizers.SmoothedTV()),
 }
+
+
+SADDLE = jb.variational(None, jb.regularizers.SmoothedTV(), form="saddle")
+
+
+def pair_loss(theta, pair, data):
+    return loss(theta, pair[0], data)
 
 
 def batch(size: int, count: int, dtype: str, folder: str | None = None):

@@ -33,6 +33,7 @@ SCRIPTS = (
     "projectors",
     "regularizers",
     "ct",
+    "saddle_errors",
     "papers/ridge",
     "papers/paper2_foe",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,36 @@ TEST_SIDE = 300  # squares of the photographs that crops are taken from
 TRAIN_SIDE = 190
 WINDOW = (slice(40, 80), slice(40, 80))  # of the photograph, shown enlarged
 LOSS = jb.losses.squared_error(part=(0, 0))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Fields of Experts in Huber's form, of which the filters alone are learned (paper 3: 400 parameters).
+
+    Weights and widths are equal and fixed: the norms of the filters do what weights would.
+    """
+
+    foe: jb.regularizers.FoE = jb.regularizers.FoE(count=16, size=5, potential="huber")
+    weight: float = 0.1
+    width: float = 0.015
+
+    def init(self) -> dict:
+        """The cosines of lowest frequency, without the constant, of norm 1."""
+        size = self.foe.size
+        waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
+        pairs = sorted(((i, j) for i in range(size) for j in range(size)), key=lambda ij: (sum(ij), ij))
+        filters = np.stack([np.outer(waves[i], waves[j]) for i, j in pairs[1 : self.foe.count + 1]])
+        filters /= np.linalg.norm(filters, axis=(1, 2), keepdims=True)
+        return {"filters": jnp.asarray(filters, jnp.float32)}
+
+    def project(self, params: dict) -> dict:
+        return {"filters": params["filters"] - jnp.mean(params["filters"], axis=(1, 2), keepdims=True)}
+
+    def saddle(self, params: dict):
+        filters = params["filters"]
+        fixed = {"log_weights": np.log(self.weight / self.foe.count), "log_smoothing": np.log(self.width)}
+        vectors = {name: jnp.full((self.foe.count,), value, filters.dtype) for name, value in fixed.items()}
+        return self.foe.saddle({"log_weight": jnp.zeros((), filters.dtype), "filters": filters, **vectors})
 
 
 def problem(regularizer):

@@ -277,7 +277,7 @@ def main(argv=None) -> None:
         __doc__,
         defaults={
             "sizes": [48, 128], "batch": [8, 24], "budget": 10000, "eps": [1e-1, 1e-2, 1e-3, 1e-4],
-            "alphas": [3e-3, 3e-2, 3e-1], "rates": [3e-3, 1e-2, 3e-2], "dtype": ["float32"],
+            "alphas": [1e-2, 1e-1, 1.0], "rates": [3e-3, 1e-2, 3e-2], "dtype": ["float32"],
         },
         quick={"sizes": [12, 12], "batch": [2, 2], "budget": 200, "eps": [1e-1], "alphas": [3e-2], "rates": [1e-2]},
     )  # fmt: skip

@@ -85,7 +85,7 @@ def learn_tv(args, regularizer, train, seed: int):
 
 def learn_foe(args, train):
     """Filters by MAID; the solves are certified, since both moduli are known."""
-    method = jb.MAID(shared.piggyback(FOE), projection=FOE.project, window=0.85)
+    method = jb.MAID(shared.piggyback(FOE), projection=FOE.project, window=0.85, barzilai_borwein=False, step_up=1.5)
     return jb.fit(method, FOE.init(), train, steps=10**6, work_budget=args.foe_budget * len(train["x"]))
 
 
@@ -275,10 +275,12 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "sizes": [64, 128], "batch": [32, 32], "steps": 150, "training_seeds": [0], "foe_budget": 3000,
+            "sizes": [64, 128], "batch": [32, 32], "steps": 120, "training_seeds": [0, 1], "foe_budget": 8000,
             "iterations": 10000, "dtype": ["float32"],
         },
-        quick={"sizes": [16, 16], "batch": [2, 2], "steps": 2, "foe_budget": 60, "iterations": 200},
+        quick={
+            "sizes": [16, 16], "batch": [2, 2], "steps": 2, "training_seeds": [0], "foe_budget": 60, "iterations": 200,
+        },
     )  # fmt: skip
     options.add_argument("--steps", type=int, help="updates of the filters")
     options.add_argument("--training-seeds", nargs="+", type=int, help="of training crops, noise and first filters")

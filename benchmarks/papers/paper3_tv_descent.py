@@ -27,7 +27,7 @@ from benchmarks.papers import paper3_tv as shared
 NAME = "paper3_tv_descent"
 TITLE = "Paper 3: MAID against fixed steps, learned total variation"
 MODEL = jb.regularizers.LearnedTV()
-CHECKPOINTS = 12  # per run, at geometrically growing work
+CHECKPOINTS = 8  # per run, at geometrically growing work
 LATE = 0.5  # the part of the budget after which oscillation is looked for
 COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
 
@@ -276,8 +276,8 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "sizes": [48, 128], "batch": [8, 24], "budget": 10000, "eps": [1e-1, 1e-2, 1e-3, 1e-4],
-            "alphas": [1e-2, 1e-1, 1.0], "rates": [3e-3, 1e-2, 3e-2], "dtype": ["float32"],
+            "sizes": [48, 128], "batch": [8, 24], "budget": 5000, "eps": [1e-1, 1e-2, 1e-3, 1e-4],
+            "alphas": [1e-2, 1e-1, 1.0], "rates": [1e-2, 3e-2], "dtype": ["float32"],
         },
         quick={"sizes": [12, 12], "batch": [2, 2], "budget": 200, "eps": [1e-1], "alphas": [3e-2], "rates": [1e-2]},
     )  # fmt: skip

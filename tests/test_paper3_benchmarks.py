@@ -60,8 +60,8 @@ def test_runs_of_one_kind_start_where_they_are_told():
     """State by state: accuracy, step and rate; each run spends its budget and remembers where each step began."""
     args = type("Args", (), {"eps": [0.1, 0.01], "alphas": [0.02, 0.2], "rates": [0.01]})
     batch = {name: jnp.asarray(image, jnp.float32) for name, image in BATCH.items()}
-    start = paper3_tv_descent.MODEL.init(jax.random.key(0), dtype=jnp.float32)
-    runs = list(paper3_tv_descent.runs(args, start, batch))
+    start = paper3_tv_descent.MODELS["exact"].init(jax.random.key(0), dtype=jnp.float32)
+    runs = list(paper3_tv_descent.runs(args, "exact", start, batch))
     assert [case["method"] for case, *_ in runs] == ["MAID"] * 4 + ["gradient descent"] * 4 + ["Adam"] * 2
     for case, _, state in runs:
         assert float(state.tol) == pytest.approx(case["eps"]) == pytest.approx(float(state.adjoint_tol))
@@ -71,7 +71,7 @@ def test_runs_of_one_kind_start_where_they_are_told():
     trace = paper3_tv_descent.run(method, state, batch, budget=100)
     assert trace.work[0] == 0 and trace.work[-1] < 100 and np.all(np.diff(trace.work) > 0)
     move = trace.params[1]["log_weight"] - trace.params[0]["log_weight"]
-    oracle = paper3_tv.piggyback(paper3_tv_descent.MODEL, estimate=False)
+    oracle = paper3_tv.piggyback(paper3_tv_descent.MODELS["exact"], estimate=False)
     assert move == pytest.approx(-0.02 * float(oracle(start, batch, tol=0.1).grad["log_weight"]), rel=1e-4)
 
 

@@ -68,9 +68,15 @@ def condat_at(weight: float):
 
 
 def gains(quality, baseline) -> dict:
-    gain = np.asarray(quality) - np.asarray(baseline)
-    spread = {"std": gain.std(ddof=1), "min": gain.min(), "max": gain.max()} if gain.size > 1 else {}
-    return {"psnr": np.mean(quality), "gain": gain.mean(), **spread, "gains": np.round(gain, 4)}
+    """Mean PSNR and its paired gain with spread; and the gain in PSNR of the mean squared error over all images."""
+    quality, baseline = (np.asarray(v, np.float64) for v in (quality, baseline))
+    gain = quality - baseline
+    spread = {"std": gain.std(ddof=1), "min": gain.min(), "median": np.median(gain), "max": gain.max()}
+    mean_gain = 10 * np.log10(np.mean(10 ** (-baseline / 10)) / np.mean(10 ** (-quality / 10)))
+    return {
+        "psnr": quality.mean(), "gain": gain.mean(), **(spread if gain.size > 1 else {}), "gain of mean": mean_gain,
+        "gains": np.round(gain, 4), "psnrs": np.round(quality, 4),
+    }  # fmt: skip
 
 
 def learn_tv(args, regularizer, train, seed: int):
@@ -89,7 +95,33 @@ def learn_foe(args, train):
     return jb.fit(method, FOE.init(), train, steps=10**6, work_budget=args.foe_budget * len(train["x"]))
 
 
+def learn(args, row: str, train, seed: int) -> dict:
+    """What a row says about learning, with the params."""
+    started = time.perf_counter()
+    found = learn_foe(args, train) if row == "FoE" else learn_tv(args, MODELS[row], train, seed)
+    if found.status == jb.FitStatus.FAILED:
+        raise SystemExit(f"{row}: {found.message}")
+    return {
+        "weight": _weight(found.params), "steps": found.steps, "seconds": time.perf_counter() - started,
+        "compile": found.compile_seconds, "work": found.work / args.batch[0], "message": found.message,
+        "value": np.round(found.history["value"], 5), "params": shared.plain(found.params), "learned at": common.commit(),
+    }  # fmt: skip
+
+
+def learned_earlier(path: Path) -> dict:
+    """What `learn` returned for (row, seed) in the run that wrote ``path``."""
+    rows = common.read_rows(path) if path.exists() else []
+    kept = ("weight", "steps", "seconds", "compile", "work", "message", "value", "params", "learned at")
+    return {
+        (row["case"]["row"], row["case"]["training seed"]): {
+            "learned at": row["commit"], **{key: v for key, v in row["figures"].items() if key in kept}
+        }
+        for row in rows if "params" in row["figures"]
+    }  # fmt: skip
+
+
 def measure(args, recorder) -> None:
+    earlier = learned_earlier(recorder.path) if args.resume else {}
     train_images, test_images = shared.pictures(args.images)
     test = shared.noisy_crops(test_images, args.sizes[1], args.batch[1], [args.seed, 0])
 
@@ -109,20 +141,12 @@ def measure(args, recorder) -> None:
         for row, regularizer in MODELS.items():
             if row == "FoE" and seed != args.training_seeds[0]:
                 continue
-            started = time.perf_counter()
-            found = learn_foe(args, train) if row == "FoE" else learn_tv(args, regularizer, train, seed)
-            if found.status == jb.FitStatus.FAILED:
-                raise SystemExit(f"{row}: {found.message}")
-            seconds = time.perf_counter() - started
-            more = {
-                "train gain": gains(shared.quality(regularizer, found.params, train), own_best)["gain"],
-                "weight": _weight(found.params), "steps": found.steps, "seconds": seconds,
-                "compile": found.compile_seconds, "work": found.work / args.batch[0], "message": found.message,
-                "value": np.round(found.history["value"], 5), "params": shared.plain(found.params),
-            }  # fmt: skip
-            record(row, shared.quality(regularizer, found.params, test), more, seed)
+            more = earlier.get((row, seed)) or learn(args, row, train, seed)
+            params = shared.arrays(more["params"])
+            more["train gain"] = gains(shared.quality(regularizer, params, train), own_best)["gain"]
+            record(row, shared.quality(regularizer, params, test), more, seed)
             if row == "learned, equal sums" and seed == args.training_seeds[0]:
-                smooth(args, recorder, found.params, test)
+                smooth(args, recorder, params, test)
 
 
 def _weight(params) -> float | None:
@@ -137,7 +161,8 @@ def smooth(args, recorder, params, test) -> None:
         images = shared.denoised(regularizer, params, test["y"]) if options else exact
         change = gains(shared.psnr(images, test), shared.psnr(exact, test))
         with common.precision("float64"):
-            distances = convergence(regularizer, params, np.asarray(test["y"][0], np.float64), args.iterations)
+            corner = np.asarray(test["y"][0, :64, :64], np.float64)
+            distances = convergence(regularizer, params, corner, args.iterations)
         figures = {
             "change": change["gain"], "largest change": np.abs(change["gains"]).max(),
             "image change": np.sqrt(np.mean((images - exact) ** 2)), "distances": distances, "stride": STRIDE,
@@ -186,7 +211,10 @@ def render(rows: Sequence[dict]) -> str:
         "over standard TV at its best weight on the test crops, with standard deviation and extremes over these.\n"
     )
     results = [row for row in rows if "gain" in row["figures"]]
-    header = ["", "training seed", "PSNR", "gain", "std", "least", "most", "gain on training", "weight", "updates", "s"]
+    header = [
+        "", "training seed", "PSNR", "gain", "std", "least", "median", "most", "gain of PSNR of mean MSE",
+        "gain on training", "weight", "updates", "s",
+    ]  # fmt: skip
     lines = [_line(row) for row in results]
     parts = [intro, common.table(header, lines), _verdicts(results), _smooth_table(of(rows, "strongly convex"))]
     parts.append("![Learned filters](figures/paper3_filters.png)\n")
@@ -196,8 +224,8 @@ def render(rows: Sequence[dict]) -> str:
 
 def _line(row: dict) -> list:
     found, seed = row["figures"], row["case"]["training seed"]
-    decibels = [f"{found[key]:+.3f}" if key in found else "–" for key in ("gain", "std", "min", "max", "train gain")]
-    decibels[1] = decibels[1].lstrip("+")
+    keys = ("gain", "std", "min", "median", "max", "gain of mean", "train gain")
+    decibels = [f"{found[key]:{'' if key == 'std' else '+'}.3f}" if key in found else "–" for key in keys]
     return [
         row["case"]["row"], "–" if seed is None else seed, f"{found['psnr']:.3f}", *decibels,
         common.rounded(found.get("weight")), found.get("steps", "–"), common.whole(found.get("seconds")),
@@ -275,13 +303,14 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "sizes": [64, 128], "batch": [32, 32], "steps": 120, "training_seeds": [0, 1], "foe_budget": 8000,
-            "iterations": 10000, "dtype": ["float32"],
+            "sizes": [64, 128], "batch": [32, 64], "steps": 200, "training_seeds": [0, 1], "foe_budget": 20000,
+            "iterations": 5000, "dtype": ["float32"],
         },
         quick={
             "sizes": [16, 16], "batch": [2, 2], "steps": 2, "training_seeds": [0], "foe_budget": 60, "iterations": 200,
         },
     )  # fmt: skip
+    options.add_argument("--resume", action="store_true", help="take params from the rows that an earlier run wrote")
     options.add_argument("--steps", type=int, help="updates of the filters")
     options.add_argument("--training-seeds", nargs="+", type=int, help="of training crops, noise and first filters")
     options.add_argument("--foe-budget", type=int, help="iterations per image in which Fields of Experts are learned")

@@ -104,7 +104,8 @@ def learn(args, row: str, train, seed: int) -> dict:
     return {
         "weight": _weight(found.params), "steps": found.steps, "seconds": time.perf_counter() - started,
         "compile": found.compile_seconds, "work": found.work / args.batch[0], "message": found.message,
-        "value": np.round(found.history["value"], 5), "params": shared.plain(found.params), "learned at": common.commit(),
+        "value": np.round(found.history["value"], 5), "params": shared.plain(found.params),
+        "learned at": common.commit(),
     }  # fmt: skip
 
 
@@ -122,12 +123,15 @@ def learned_earlier(path: Path) -> dict:
 
 def measure(args, recorder) -> None:
     earlier = learned_earlier(recorder.path) if args.resume else {}
+    pending = {key for key in earlier if key[1] in args.training_seeds}
     train_images, test_images = shared.pictures(args.images)
     test = shared.noisy_crops(test_images, args.sizes[1], args.batch[1], [args.seed, 0])
 
     def record(row: str, quality, more: dict, seed=None) -> None:
         recorder.add({"row": row, "training seed": seed}, gains(quality, baseline) | more)
-        recorder.write()
+        pending.discard((row, seed))
+        if not pending:  # before, the file is the only place that has what an earlier run learned
+            recorder.write()
         print(f"{row}: gain {np.mean(quality - baseline):+.3f} dB", flush=True)
 
     weight, baseline = best_weight(TV, tv_at, test)
@@ -168,7 +172,6 @@ def smooth(args, recorder, params, test) -> None:
             "image change": np.sqrt(np.mean((images - exact) ** 2)), "distances": distances, "stride": STRIDE,
         }  # fmt: skip
         recorder.add({"row": "strongly convex", "mode": name}, figures)
-        recorder.write()
         print(f"{name}: change {change['gain']:+.4f} dB, distance {distances[-1]:.1e}", flush=True)
 
 

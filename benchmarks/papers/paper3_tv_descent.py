@@ -30,7 +30,7 @@ MODELS = {  # as it is in the paper, and strongly convex-concave at the price of
     "exact": jb.regularizers.LearnedTV(),
     "curved": jb.regularizers.LearnedTV(dual_curvature=1e-2, auxiliary_curvature=1e-2, width=1e-3),
 }
-CHECKPOINTS = 8  # per run, at geometrically growing work
+CHECKPOINTS = 6  # per run, at geometrically growing work
 LATE = 0.5  # the part of the budget after which oscillation is looked for
 COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
 STYLES = ("-", "--", "-.", ":")
@@ -128,10 +128,11 @@ def measure(args, recorder) -> None:
     start = MODELS["exact"].init(jax.random.key(args.seed), dtype=jnp.float32)
     for name in args.models:
         exact, traces = Exact(MODELS[name], batch), []
+        first = exact(start)
         for case, method, state in runs(args, name, start, batch):
             trace = run(method, state, batch, args.budget)
             traces.append((case, trace))
-            record(args, recorder, case, trace, exact, exact(start))
+            record(args, recorder, case, trace, exact, first)
         oscillation(args, recorder, traces, exact, test)
 
 

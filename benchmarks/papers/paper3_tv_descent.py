@@ -80,7 +80,8 @@ def runs(args, name: str, start, batch) -> Iterator[tuple[dict, Any, Any]]:
         method = jb.FirstOrder(oracle, tunable, tol=1.0, adjoint_tol=1.0, projection=model.project)
         state = method.init(start, batch)
         for case, tol, alpha in cases(kind, alphas):
-            rate = state.optimizer._replace(hyperparams={"learning_rate": jnp.asarray(alpha, jnp.float32)})
+            own = state.optimizer.hyperparams | {"learning_rate": jnp.asarray(alpha, jnp.float32)}
+            rate = state.optimizer._replace(hyperparams=own)
             yield case, method, state._replace(tol=tol, adjoint_tol=tol, optimizer=rate)
 
     method = jb.MAID(oracle, projection=model.project, tol=1.0, adjoint_tol=1.0, barzilai_borwein=False)
@@ -92,7 +93,7 @@ def runs(args, name: str, start, batch) -> Iterator[tuple[dict, Any, Any]]:
 
 
 class Exact:
-    """Losses by solves to a small residual, each from the last solution."""
+    """Losses by solves to a small residual, each from the last solution; inf for params where one fails."""
 
     def __init__(self, model, batch):
         self.oracle = shared.piggyback(model, estimate=False, max_steps=shared.LIMIT)
@@ -101,7 +102,8 @@ class Exact:
 
     def __call__(self, params) -> float:
         found = self.oracle.value(params, self.batch, self.warm, tol=self.tol)
-        jb.check(found)
+        if found.status > jb.Status.PRECISION:
+            return np.inf
         self.warm = found.warm
         return float(found.value)
 
@@ -257,7 +259,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
     axes = figure.subplots(len(models), len(methods), sharey="row", sharex=True, squeeze=False)
     for line, (name, own) in zip(axes, models.items(), strict=True):
         learned = [row for row in own if row["case"]["method"] != "point"]
-        lowest, start = min(row["figures"]["least"] for row in learned), learned[0]["figures"]["start"]
+        lowest, start = min(common.number(r["figures"]["least"]) for r in learned), learned[0]["figures"]["start"]
         for axis, method in zip(line, methods, strict=True):
             _curves(axis, of(own, method))
             axis.set(title=f"{method}, {name}", ylim=(lowest - 0.05 * (start - lowest), start + 0.2 * (start - lowest)))
@@ -287,7 +289,7 @@ def _curves(axis, rows: Sequence[dict]) -> None:
         colour, style = COLOURS[alphas.index(case["alpha"])], STYLES[epsilons.index(case["eps"])]
         label = f"$\\alpha$ {case['alpha']:g}, $\\epsilon$ {case['eps']:g}"
         axis.plot(found["work"], [common.number(v) for v in found["value"]], style, lw=0.9, color=colour, label=label)
-        axis.plot(found["checked work"], found["checked"], "o", ms=2.5, color=colour)
+        axis.plot(found["checked work"], [common.number(v) for v in found["checked"]], "o", ms=2.5, color=colour)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=6, ncols=2)
 

@@ -33,7 +33,7 @@ MODELS = {  # as it is in the paper, and strongly convex-concave at the price of
 CHECKPOINTS = 6  # per run, at geometrically growing work
 LATE = 0.5  # the part of the budget after which oscillation is looked for
 COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
-STYLES = ("-", "--", "-.", ":")
+STYLES = (":", "-.", "--", "-")  # from the smallest eps
 
 
 class Trace(NamedTuple):
@@ -116,11 +116,17 @@ def checkpoints(trace: Trace, budget: float) -> list[int]:
 
 
 def late_extremes(trace: Trace, budget: float) -> tuple[int, int] | None:
-    """Steps of the highest and the lowest value in the late part; None where the run is not there or has diverged."""
+    """Steps (high, low) of the largest rise in the late part, from the lowest value so far; None where nothing rises.
+
+    Nor where the run did not get there, or is not below its start any more.
+    """
     late = np.flatnonzero(trace.work >= LATE * budget)
     if late.size < 2 or not np.all(np.isfinite(trace.value)) or trace.value[late].min() >= trace.value[0]:
         return None
-    return int(late[np.argmax(trace.value[late])]), int(late[np.argmin(trace.value[late])])
+    values = trace.value[late]
+    rises = values - np.minimum.accumulate(values)
+    high = int(np.argmax(rises))
+    return (int(late[high]), int(late[np.argmin(values[:high])])) if rises[high] > 0 else None
 
 
 def measure(args, recorder) -> None:
@@ -141,12 +147,12 @@ def measure(args, recorder) -> None:
 def record(args, recorder, case: dict, trace: Trace, exact: Exact, first: float) -> None:
     seen = [step for step in checkpoints(trace, args.budget) if _finite(trace.params[step])]
     losses = [exact(trace.params[step]) for step in seen]
-    late = trace.value[trace.work >= LATE * args.budget]
+    late = late_extremes(trace, args.budget)
     figures = {
         "start": first, "loss": losses[-1] if np.isfinite(trace.value[-1]) else np.inf, "least": min(losses),
         "checked work": trace.work[seen], "checked": losses, "steps": len(trace.work), "seconds": trace.seconds,
         "rises": np.mean(np.diff(trace.value) > 0) if len(trace.value) > 1 else 0.0,
-        "late swing": np.ptp(late) if late.size else np.nan, "done": trace.done,
+        "late rise": trace.value[late[0]] - trace.value[late[1]] if late else 0.0, "done": trace.done,
         **{name: np.round(getattr(trace, name), 6).tolist() for name in ("work", "value")},
         **{name: [float(f"{v:.4g}") for v in getattr(trace, name)] for name in ("tol", "step")},
     }  # fmt: skip
@@ -157,15 +163,15 @@ def record(args, recorder, case: dict, trace: Trace, exact: Exact, first: float)
 
 
 def oscillation(args, recorder, traces, exact, test) -> None:
-    """High and low point of the fixed step that swings most, and MAID from the same start after as much work."""
-    swinging = {}
+    """High and low point of the fixed step that rises most, and MAID from the same start after as much work."""
+    rising = {}
     for i, (case, trace) in enumerate(traces):
         ends = late_extremes(trace, args.budget)
         if case["method"] == "gradient descent" and ends is not None:
-            swinging[i] = trace.value[ends[0]] - trace.value[ends[1]]
-    if not swinging:
+            rising[i] = trace.value[ends[0]] - trace.value[ends[1]]
+    if not rising:
         return
-    case, trace = traces[max(swinging, key=swinging.__getitem__)]
+    case, trace = traces[max(rising, key=rising.__getitem__)]
     high, low = late_extremes(trace, args.budget)
     maid = next(t for c, t in traces if c == case | {"method": "MAID"})
     same = int(np.searchsorted(maid.work, trace.work[high], side="right")) - 1
@@ -199,7 +205,7 @@ def render(rows: Sequence[dict]) -> str:
         f'{settings["budget"]} iterations per image and run. "rises": share of steps after which the value that the '
         'method saw is higher; "late swing": its range in the last half.\n'
     )
-    header = ["method", "eps", "alpha", "loss", "least loss", "steps", "rises", "late swing", "s"]
+    header = ["method", "eps", "alpha", "loss", "least loss", "steps", "rises", "late rise", "s"]
     parts = [intro]
     for name, own in _by_model(rows).items():
         learned = [row for row in own if row["case"]["method"] != "point"]
@@ -221,7 +227,7 @@ def _line(case: dict, found: dict) -> list:
     return [
         case["method"], common.scientific(case["eps"], 0), common.scientific(case["alpha"], 0),
         common.rounded(found["loss"], 4), common.rounded(found["least"], 4), found["steps"], f"{found['rises']:.0%}",
-        common.rounded(found["late swing"], 2), common.whole(found["seconds"]),
+        common.rounded(found.get("late rise"), 2), common.whole(found["seconds"]),
     ]  # fmt: skip
 
 
@@ -239,7 +245,7 @@ def _comparison(learned: Sequence[dict]) -> str:
 
 def _points(points: Sequence[dict]) -> str:
     if not points:
-        return "No fixed step oscillated above the start.\n"
+        return "No fixed step rose in the last half.\n"
     case = points[0]["case"]
     lines = [
         [row["case"]["point"], common.whole(row["figures"]["work"]), common.rounded(row["figures"]["loss"], 4),
@@ -252,20 +258,26 @@ def _points(points: Sequence[dict]) -> str:
 
 def figures(rows: Sequence[dict], folder: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     models = _by_model(rows)
     methods = [m for m in dict.fromkeys(row["case"]["method"] for row in rows) if m != "point"]
-    figure = Figure(figsize=(4.2 * len(methods), 3.6 * len(models)), layout="constrained")
+    alphas, epsilons = (sorted({row["case"][key] for row in rows}) for key in ("alpha", "eps"))
+    figure = Figure(figsize=(4.2 * len(methods), 0.6 + 3.4 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(methods), sharey="row", sharex=True, squeeze=False)
     for line, (name, own) in zip(axes, models.items(), strict=True):
         learned = [row for row in own if row["case"]["method"] != "point"]
         lowest, start = min(common.number(r["figures"]["least"]) for r in learned), learned[0]["figures"]["start"]
         for axis, method in zip(line, methods, strict=True):
-            _curves(axis, of(own, method))
+            _curves(axis, of(own, method), alphas, epsilons)
             axis.set(title=f"{method}, {name}", ylim=(lowest - 0.05 * (start - lowest), start + 0.2 * (start - lowest)))
         line[0].set_ylabel("training loss")
     for axis in axes[-1]:
         axis.set_xlabel("iterations per image")
+    handles = [Line2D([], [], color=COLOURS[i], label=f"$\\alpha$ = {a:g}") for i, a in enumerate(alphas)]
+    handles += [Line2D([], [], color="0.3", ls=STYLES[i], label=f"$\\epsilon$ = {e:g}")
+                for i, e in enumerate(epsilons)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     shared.save(figure, folder, "paper3_descent.png")
 
     points = {row["case"]["point"]: row for row in of(models.get("exact", []), "point")}
@@ -281,17 +293,14 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         shared.save(figure, folder, "paper3_oscillation.png")
 
 
-def _curves(axis, rows: Sequence[dict]) -> None:
+def _curves(axis, rows: Sequence[dict], alphas: list, epsilons: list) -> None:
     """What the methods saw, as lines, and the losses at checkpoints, as dots."""
-    alphas, epsilons = ([*dict.fromkeys(row["case"][key] for row in rows)] for key in ("alpha", "eps"))
     for row in rows:
         found, case = row["figures"], row["case"]
         colour, style = COLOURS[alphas.index(case["alpha"])], STYLES[epsilons.index(case["eps"])]
-        label = f"$\\alpha$ {case['alpha']:g}, $\\epsilon$ {case['eps']:g}"
-        axis.plot(found["work"], [common.number(v) for v in found["value"]], style, lw=0.9, color=colour, label=label)
+        axis.plot(found["work"], [common.number(v) for v in found["value"]], style, lw=0.9, color=colour)
         axis.plot(found["checked work"], [common.number(v) for v in found["checked"]], "o", ms=2.5, color=colour)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=6, ncols=2)
 
 
 def main(argv=None) -> None:

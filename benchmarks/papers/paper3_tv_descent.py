@@ -245,7 +245,7 @@ def _comparison(learned: Sequence[dict]) -> str:
 
 def _points(points: Sequence[dict]) -> str:
     if not points:
-        return "No fixed step rose in the last half.\n"
+        return "No high and low point recorded.\n"
     case = points[0]["case"]
     lines = [
         [row["case"]["point"], common.whole(row["figures"]["work"]), common.rounded(row["figures"]["loss"], 4),

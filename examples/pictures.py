@@ -13,6 +13,7 @@ import numpy as np
 
 import jbilevel as jb
 from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
+from jbilevel.variational import image_of
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:
@@ -77,9 +78,17 @@ def psnr_loss(params, x, data):
     return 10 * jnp.log10(jnp.mean((x - data["x"]) ** 2))
 
 
+def image_loss(params, pair, data):
+    """`psnr_loss` of the image in a saddle point."""
+    return psnr_loss(params, image_of(pair), data)
+
+
 def best_tv(problem, batch, weights, tol: float = 1e-2):
-    """log of the weight of total variation with the best mean PSNR on ``batch``."""
-    oracle = jb.implicit.Oracle(problem, psnr_loss)
+    """log of the weight of total variation, as a smooth or a saddle problem, with the best mean PSNR on ``batch``."""
+    if isinstance(problem, jb.SaddleProblem):
+        oracle = jb.piggyback.Oracle(problem, image_loss, estimate=False)
+    else:
+        oracle = jb.implicit.Oracle(problem, psnr_loss)
     values = [float(oracle.value(jnp.log(jnp.array([w], jnp.float32)), batch, tol=tol).value) for w in weights]
     return jnp.log(jnp.array([weights[int(np.argmin(values))]], jnp.float32))
 
@@ -88,7 +97,7 @@ def reconstruct(problem, theta, batch, tol: float = 1e-2) -> np.ndarray:
     """Reconstructed images and their check: a solve that did not converge is an error, not a picture."""
     x, info = jax.vmap(lambda data: jb.solve(problem, theta, data, tol=tol))(batch)
     jb.check(info)
-    return np.asarray(x)
+    return np.asarray(image_of(x) if isinstance(problem, jb.SaddleProblem) else x)
 
 
 def learn_tv(problem, regularizer, start, batch, args, best):

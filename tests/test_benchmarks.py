@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     tv,
 )
 
+PAPER_3 = ("paper3_tv_discretisation", "paper3_tv_descent")
 SCRIPTS = (
     "hypergradients",
     "errors",
@@ -36,8 +37,10 @@ SCRIPTS = (
     "saddle_errors",
     "papers/ridge",
     "papers/paper2_foe",
+    *(f"papers/{name}" for name in PAPER_3),
 )
-SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
+# measured in single precision
+SINGLE = {"projectors", *(f"papers/{name}" for name in ("ridge", "paper2_foe", *PAPER_3))}
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],

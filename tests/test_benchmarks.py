@@ -35,8 +35,9 @@ SCRIPTS = (
     "ct",
     "papers/ridge",
     "papers/paper2_foe",
+    "papers/paper3_ct",
 )
-SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
+SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe", "papers/paper3_ct"}  # measured in single precision
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],

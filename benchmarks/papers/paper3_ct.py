@@ -424,7 +424,8 @@ def main(argv=None) -> None:
         __doc__,
         defaults={
             "dtype": ["float32"], "sizes": [64], "batch": [16], "validation": 8, "test": 16, "views": 25, "noise": 2.0,
-            "seconds": 300.0, "every": 10, "patience": 12, "adversarial": 2000, "rate": 1e-3, "limit": 1000, "ratios": (1.0, 3.0, 10.0, 30.0),
+            "seconds": 300.0, "every": 10, "patience": 12, "adversarial": 2000, "rate": 1e-3, "limit": 1000,
+            "ratios": (1.0, 3.0, 10.0, 30.0),
         },
         quick={
             "sizes": [16], "batch": [2], "validation": 1, "test": 2, "views": 10, "seconds": 0.1, "every": 1,

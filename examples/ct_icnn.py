@@ -5,9 +5,9 @@ Lower level, for each sinogram y, as a saddle point in x, z and three duals (pap
 Upper level, over slices with known x*:   min_theta mean 1/2 ||x_hat(theta) - x*||^2
 
 Drawn abdomens, few views, Gaussian noise. MAID moves the filters V and W (kept nonnegative by a projection, so that
-the energy stays convex); the primal-dual method finds each saddle point and, at the same steps, its adjoint: no Hessian,
-and no memory that grows with the iterations. Filtered backprojection and total variation with its best weight are what
-it has to beat.
+the energy stays convex); the primal-dual method finds each saddle point and then its adjoint with the same steps: no
+Hessian, and no memory that grows with the iterations. Filtered backprojection and total variation with its best weight
+are what it has to beat.
 
 Writes a table and figures to --out; about a minute and a half on two cores.
 """

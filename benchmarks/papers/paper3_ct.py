@@ -191,6 +191,8 @@ class Best:
         self.resumed = time.perf_counter()  # validation is not training
 
     def __call__(self, step, state, info) -> bool:
+        if step == 0:
+            self.resumed = time.perf_counter()  # nor are compilation and the first step
         late = self.spent + time.perf_counter() - self.resumed > self.until
         if late or bool(info.done) or (step + 1) % self.every == 0:
             self.look(step + 1, state.params)
@@ -294,7 +296,7 @@ class Experiment:
 
         def weighted(params):
             params_of = lambda w: params | {"log_weight": params["log_weight"] + math.log(w)}  # noqa: E731
-            judge, train = self.judges[ICNN], {k: v[:4] for k, v in scans.train.items()}
+            judge, train = self.judges[ICNN], {k: v[:2] for k, v in scans.train.items()}
             coarse, _ = best_weight(judge, params_of, 4.0 ** np.arange(-5, 2), train)
             return params_of(best_weight(judge, params_of, coarse * 4.0 ** np.array([-0.5, -0.25, 0, 0.25, 0.5]),
                                          scans.train)[0])  # fmt: skip

@@ -432,12 +432,14 @@ def render(rows: Sequence[dict]) -> str:
         for row in rows
         if "solver" in row["case"]
     ]  # fmt: skip
-    picture = "![Reconstructions of a drawn slice](figures/paper3_ct.png)\n"
-    return "\n".join([
-        intro, common.table(header, lines), "".join(verdicts), picture,
-        "Iterations of PDHG to a residual of 1e-3 by the balance of its steps:\n",
-        common.table(["regulariser", "ratio", "iterations", "distance", "ms per iteration and slice"], scan),
-    ])  # fmt: skip
+    parts = [intro, common.table(header, lines), "".join(verdicts)]
+    parts.append("![Reconstructions of a drawn slice](figures/paper3_ct.png)\n")
+    if scan:
+        parts.append("Iterations of PDHG to a residual of 1e-3 by the balance of its steps:\n")
+        parts.append(
+            common.table(["regulariser", "ratio", "iterations", "distance", "ms per iteration and slice"], scan)
+        )
+    return "\n".join(parts)
 
 
 def figures(rows: Sequence[dict], folder: Path) -> None:

@@ -68,6 +68,17 @@ def projected_step(projection, params, grad, step):
     return moved, trees.squared_norm(trees.sub(moved, params))
 
 
+def reduced(projection, params, grad, step):
+    """(params - P(params - step grad))/step: the gradient where nothing is projected, else what of it can move params.
+
+    A part of the gradient that the projection takes away predicts no decrease, and may be far larger than the rest.
+    """
+    if projection is None:
+        return grad
+    moved, _ = projected_step(projection, params, grad, step)
+    return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
+
+
 def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):
     """<s, y>/<y, y>, the shorter of the two steps of Barzilai & Borwein (1988): in a monotone search the longer one,
     <s, s>/<s, y>, wastes many trials. ``fallback`` where the curvature along s is not positive.

@@ -146,6 +146,8 @@ class MAID:
         return self._finish(state, search)
 
     def _first_length(self, state: MAIDState, grad):
+        length = jnp.where(state.step > 0, state.step, linesearch.first_step(state.params, grad))
+        grad = linesearch.reduced(self.projection, state.params, grad, length)
         start = linesearch.first_step(state.params, grad) if self.step_size is None else self.step_size
         length = jnp.where(state.step > 0, state.step, start)
         if not self.barzilai_borwein:
@@ -173,7 +175,7 @@ class MAID:
 
     def _promising(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""
-        slope = trees.squared_norm(s.hg.grad)
+        slope = trees.squared_norm(linesearch.reduced(self.projection, state.params, s.hg.grad, s.step))
         decrease = (1 - self.armijo) * s.step * slope
         credible = 2 * decrease > self._errors(s.hg)
         if self.window > 0:
@@ -229,7 +231,7 @@ class MAID:
             reference=jnp.where(accepted, reference, state.reference),
             weight=jnp.where(accepted, weight, state.weight),
             previous=state.params,
-            previous_grad=s.hg.grad,
+            previous_grad=linesearch.reduced(self.projection, state.params, s.hg.grad, s.step),
             done=~accepted,
         )
         info = linesearch.step_info(

@@ -26,7 +26,7 @@ from benchmarks import (  # noqa: E402
     tv,
 )
 
-PAPER_3 = ("paper3_tv_discretisation", "paper3_tv_descent")
+PAPER_3 = ("paper3_tv_discretisation", "paper3_tv_descent", "paper3_ct")
 SCRIPTS = (
     "hypergradients",
     "errors",

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
-from jbilevel.losses import ImageLoss, charbonnier, huber, squared_error
+import jbilevel as jb
+from jbilevel.losses import Adversarial, ImageLoss, charbonnier, huber, squared_error
 
 rng = np.random.default_rng(0)
 X, CLEAN = rng.standard_normal((5, 6)), rng.standard_normal((5, 6))
@@ -153,3 +155,45 @@ def test_scales_must_be_positive_and_finite(value):
         huber(delta=value)
     with pytest.raises(ValueError, match="eps"):
         charbonnier(eps=value)
+
+
+def half_square(weight, x):
+    return 0.5 * weight * jnp.sum(x**2)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_adversarial_loss_of_a_quadratic_in_closed_form(t):
+    weight, data = 0.7, {"x": CLEAN, "naive": X, "mix": t}
+    slope = weight * np.linalg.norm(t * CLEAN + (1 - t) * X)
+    expected = 0.5 * weight * (np.sum(CLEAN**2) - np.sum(X**2)) + 3 * (slope - 1) ** 2
+    assert float(Adversarial(half_square, 3.0)(weight, data)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_adversarial_gradient_against_differences():
+    """Through the gradient of a convex network, in all of its parameters."""
+    with jax.enable_x64(True):
+        R = jb.regularizers.ICNN(hidden=4, outputs=2, size=3, width=0.3)
+        theta, back = ravel_pytree(R.init(jax.random.key(0), weight=1.0, dtype=jnp.float64))
+        clean, naive = (np.pad(v, 2) for v in (CLEAN, X))
+        data = {"x": jnp.asarray(clean), "naive": jnp.asarray(naive), "mix": 0.4}
+        value = jax.jit(lambda flat: Adversarial(R)(back(flat), data))
+        slope, step = jax.grad(value)(theta), 1e-6
+        for seed in range(3):
+            v = np.random.default_rng(seed).standard_normal(theta.shape)
+            difference = (value(theta + step * v) - value(theta - step * v)) / (2 * step)
+            assert float(slope @ v) == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_adversarial_loss_where_the_gradient_of_the_regularizer_is_zero():
+    data = {"x": jnp.zeros(3), "naive": jnp.zeros(3), "mix": 0.5}
+    value, slope = jax.value_and_grad(Adversarial(half_square))(1.0, data)
+    assert float(value) == 10 and float(slope) == 0
+
+
+def test_adversarial_loss_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="penalty"):
+        Adversarial(half_square, penalty=-1.0)
+    with pytest.raises(ValueError, match="shape"):
+        Adversarial(half_square)(1.0, {"x": CLEAN[:, :1], "naive": X, "mix": 0.5})
+    with pytest.raises(KeyError, match="mix"):
+        Adversarial(half_square)(1.0, {"x": CLEAN, "naive": X})

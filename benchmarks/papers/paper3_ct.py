@@ -3,9 +3,10 @@
 Slices in [0, 1] on a square of 256 mm, parallel beam, noise of standard deviation 2 on the line integrals as in the
 paper, and as many views per pixel across as its 200 at 512 x 512. Fields of experts and an input-convex network learn
 by Adam on hypergradients of their smooth energies, which piggyback gives too but takes longer for on a CPU; the experts
-also by MAID on piggyback, the network also as an adversarial regulariser. Weights of grids, the window of filtered backprojection, scales at the start and the best parameters of
-each run are chosen on training and validation slices; every learned energy is minimised to the same accuracy on the
-test slices. Full size, on a GPU: --device gpu --data FILE --sizes 256 --views 200 --seconds 3600.
+also by MAID on piggyback, the network also as an adversarial regulariser. Weights of grids, the window of filtered
+backprojection, scales at the start and the best parameters of each run are chosen on training and validation slices;
+every learned energy is minimised to the same accuracy on the test slices. Full size, on a GPU: --device gpu --data FILE
+--sizes 256 --views 200 --seconds 3600.
 """
 
 from __future__ import annotations

@@ -43,10 +43,11 @@ class Experts:
         return {"filters": jnp.asarray(filters, jnp.float32)}
 
     def project(self, params: dict) -> dict:
-        return {"filters": params["filters"] - jnp.mean(params["filters"], axis=(1, 2), keepdims=True)}
+        return params
 
     def saddle(self, params: dict):
-        filters = params["filters"]
+        """Filters are read without their means, whose derivatives would drown all others in Adam's second moments."""
+        filters = params["filters"] - jnp.mean(params["filters"], axis=(1, 2), keepdims=True)
         fixed = {"log_weights": np.log(self.weight / self.foe.count), "log_smoothing": np.log(self.width)}
         vectors = {name: jnp.full((self.foe.count,), value, filters.dtype) for name, value in fixed.items()}
         return self.foe.saddle({"log_weight": jnp.zeros((), filters.dtype), "filters": filters, **vectors})

@@ -7,6 +7,7 @@ from jbilevel import implicit as implicit
 from jbilevel import losses as losses
 from jbilevel import metrics as metrics
 from jbilevel import nets as nets
+from jbilevel import nonsmooth as nonsmooth
 from jbilevel import operators as operators
 from jbilevel import piggyback as piggyback
 from jbilevel import prox as prox

@@ -108,6 +108,16 @@ class SparseView(NamedTuple):
         """||x - x_hat|| <= ||r||/mu for r in the subdifferential of F + G at x; inf without mu."""
         return self.smooth.error_bound(residual)
 
+    def measure(self, size, smoothness):
+        """What mu bounds ||x+ - x_hat|| by when divided by it, from the norm of a forward-backward residual
+        L (y - x+); see `jbilevel.solvers.forward_backward`."""
+        mu = self.constants.strong_convexity
+        if self.constants.smoothness is not None or mu is None:
+            return size
+        total = smoothness + mu
+        worst = 0.5 * (total + jnp.sqrt(total**2 + jnp.maximum(2 * mu * (smoothness - mu), 0.0))) / smoothness
+        return (worst * size).astype(size.dtype)
+
     def value(self, x):
         return self.smooth.value(x) + self.penalty.value(x)
 
@@ -159,7 +169,7 @@ class Piece(NamedTuple):
         return jax.tree.map(along, self.active, self.extra, self.direction, z)
 
     def bend(self, x):
-        """d -> G''(x) d on the active groups: weight/|x_g| (d - u <u, d>); None for absolute values, which have none."""
+        """d -> G''(x) d on the active groups, weight/|x_g| (d - u <u, d>); None for absolute values: there is none."""
         penalty = self.view.penalty
         if penalty.axis is None:
             return None

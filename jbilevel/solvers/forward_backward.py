@@ -58,11 +58,14 @@ class ForwardBackward:
     """FISTA with restart, x+ = prox_{G/L}(y - grad F(y)/L), and semismooth Newton steps (for `WeightedL1Problem`).
 
     y = x+ + beta (x+ - x) with FISTA's t_k rule (Beck & Teboulle 2009), gradient restart (O'Donoghue & Candes 2015) and
-    beta at most (1 - r)/(1 + r), r = sqrt(mu/L), where mu is known. Every ``wait`` steps a semismooth Newton step on
-    the equation y = prox(y - grad F(y)/L) is tried: unknowns that the prox sets to zero go to zero, the others solve
-    a linear system with the Hessian restricted to them, by conjugate gradients. It is kept when the residual at its end
-    is half as large, and then the next follows at once; else FISTA goes on from where it was for as many steps as the attempt cost. Once
-    the support is found that ends a solve in a few steps; before, it costs little.
+    beta at most (1 - r)/(1 + r), r = sqrt(mu/L), where mu is known. After ``wait`` steps a semismooth Newton step on
+    y = prox(y - grad F(y)/L) is tried: unknowns that the prox sets to zero go to zero, the others solve a linear system
+    with the Hessian restricted to them, by conjugate gradients, and stop at zero where they would change sign. It is
+    kept, and the next follows at once, when it lowers the forward-backward envelope F(y) + <grad F(y), x+ - y> +
+    L/2 ||x+ - y||^2 + G(x+), which has the minimum of F + G (Stella, Themelis & Patrinos 2017), or with half the
+    residual; else it is shortened a few times. Once the support is found a few such steps end a solve. Where none
+    is kept FISTA goes on from where it was for as many steps as the attempt took products, so that attempts that
+    come too early at most double the cost.
 
     ``info.residual`` is R = L ||y - x+||. Where F is convex and L a bound on its Hessian, v -> v - grad F(v)/L is
     nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), an element of the subdifferential of F + G at x+, has
@@ -92,13 +95,12 @@ class ForwardBackward:
         gradient = smooth.gradient(x0)
         size = trees.norm(gradient)
         smoothness, more = first_curvature(smooth, x0, gradient, size)
-        zero, never = jnp.zeros((), jnp.int32), jnp.asarray(False)
-        cold = trees.norm(x0) == 0
+        since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
         work = Work.zero().plus(gradients=1 + more)
         state = ForwardBackwardState(
             x0, gradient, jnp.full_like(size, jnp.inf), jnp.zeros_like(size), work, jnp.full((), RUNNING, jnp.int32),
             smoothness, x0, x0, gradient, jnp.ones_like(size), jnp.full_like(size, jnp.inf), jnp.zeros_like(size),
-            trees.zeros_like(x0), x0, jnp.where(cold, 0, self.wait).astype(jnp.int32), jnp.full((), self.wait, jnp.int32),
+            trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
         )  # fmt: skip
         bad = ~view.penalty.usable() | ~(smoothness > 0)
         state = state._replace(failure=jnp.where(bad, Status.NONFINITE, RUNNING).astype(jnp.int32))
@@ -114,7 +116,7 @@ class ForwardBackward:
         smoothness, x = forward.smoothness, forward.x
         gap = trees.sub(y, x)
         element = trees.scale(smoothness, gap)
-        residual = self._measure(view, trees.norm(element), smoothness)
+        residual = view.measure(trees.norm(element), smoothness)
         quadratic = 0.5 * smoothness * trees.squared_norm(gap)
         merit = value - trees.dot(slope, gap) + quadratic + view.penalty.value(x)
         steepest = secant(state.previous, state.slope, y, slope)
@@ -182,14 +184,6 @@ class ForwardBackward:
         start = (smoothness, y, none, jnp.asarray(False))
         smoothness, x, values, found = jax.lax.while_loop(lambda c: ~c[3] & (c[2] < DOUBLINGS), longer, start)
         return _Forward(x, smoothness, values, ~found)
-
-    def _measure(self, view: SparseView, size, smoothness):
-        mu = view.constants.strong_convexity
-        if view.constants.smoothness is not None or mu is None:
-            return size
-        total = smoothness + mu
-        worst = 0.5 * (total + jnp.sqrt(total**2 + jnp.maximum(2 * mu * (smoothness - mu), 0.0))) / smoothness
-        return (worst * size).astype(size.dtype)
 
     def _extrapolate(self, view: SparseView, state: ForwardBackwardState, y, x, smoothness):
         change = trees.sub(x, state.x)

@@ -22,6 +22,7 @@ from jbilevel.hoag import HOAG as HOAG
 from jbilevel.io import load as load
 from jbilevel.io import save as save
 from jbilevel.maid import MAID as MAID
+from jbilevel.nba import NBA as NBA
 from jbilevel.partition import combine as combine
 from jbilevel.partition import partition as partition
 from jbilevel.problems import SmoothProblem as SmoothProblem

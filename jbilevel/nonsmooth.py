@@ -24,7 +24,7 @@ from jbilevel import errors, implicit, trees
 from jbilevel.implicit import after_correction, as_cotangents, leaf_gradients, solution_map
 from jbilevel.oracle import Points, Sample
 from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Warm, guard
+from jbilevel.results import SolveInfo, Status, Warm, acceptable, guard
 from jbilevel.solvers import ForwardBackward, cg
 from jbilevel.solvers.loop import run
 from jbilevel.sparse import Piece, SparseView, WeightedL1Problem
@@ -65,13 +65,19 @@ def _solve_adjoint(view: SparseView, x, linearized, slope, q, step, options: _Op
 
     def solve(extra, q):
         piece = Piece(view, sets.active, extra, sets.direction)
-        system = piece.product(x, hessian)
-        if options.damping:
-            plain, damping = system, options.damping
-            system = lambda d: trees.add_scaled(plain(d), damping, piece.project(d))  # noqa: E731
-        q, info = cg(system, piece.project(slope), piece.project(q), tol=adjoint_tol, max_steps=options.max_products)
-        return piece.project(q), info
+        plain = piece.product(x, hessian)
 
+        def system(d):
+            mapped = trees.add_scaled(plain(d), options.damping, piece.project(d))
+            # curvature that is rounding counts as none, so that dependent columns end CG before it divides by it
+            return trees.where(trees.dot(d, mapped) > flat * trees.squared_norm(d), mapped, trees.zeros_like(mapped))
+
+        q, info = cg(system, piece.project(slope), piece.project(q), tol=adjoint_tol, max_steps=options.max_products)
+        singular = info.status == Status.INDEFINITE
+        status = jnp.where(singular, Status.STAGNATED, info.status).astype(jnp.int32)
+        return piece.project(q), info._replace(status=status)
+
+    flat = 64 * trees.eps(x) / step
     none = jax.tree.map(jnp.zeros_like, sets.biactive)
     extra = {
         "none": lambda: none,
@@ -150,7 +156,8 @@ class Oracle(implicit.Oracle):
         without those whose adjoint says that leaving zero raises the loss, until none is left to drop.
       biactive_tol: with v = x - step grad F and u = step weight, an unknown is biactive if
         ``||v| - u| <= biactive_tol max(|v|, u)``, which depends on no scale.
-      damping: added to the diagonal of the support system, for supports with dependent columns.
+      damping: added to the diagonal of the support system. Without it a support with dependent columns, where x_hat
+        may have no derivative, ends as STAGNATED, with the hypergradient that conjugate gradients had until then.
       solver: `ForwardBackward`. correct, estimate, error_steps: as in `jbilevel.implicit.Oracle`, with the Newton step
         on the support; its estimate knows nothing of a support that is still wrong at ``tol``, except that it is inf
         where the step does not lower the forward-backward residual.
@@ -216,7 +223,7 @@ class Oracle(implicit.Oracle):
             # the step stays on one piece: where another begins it proves nothing
             after = _proven_residual(view, moved.x, step)
             crossed = ~(after <= jnp.maximum(solution.info.residual, trees.eps(x) * trees.norm(x) / step * 64))
-            left = jnp.where(crossed, jnp.inf, correction.left)
+            left = jnp.where(crossed | ~acceptable(adjoint.status), jnp.inf, correction.left)
             halfway = _point(piece, *(piece.project(part) for part in correction.halfway))
             points = Points(points.plain, halfway if self.correct else None, _point(piece, moved.x, moved.q))
             work = adjoint.evaluations.join(correction.evaluations).plus(gradients=1)

@@ -121,6 +121,14 @@ class SparseView(NamedTuple):
     def value(self, x):
         return self.smooth.value(x) + self.penalty.value(x)
 
+    def _refuse(self, *_):
+        raise TypeError(
+            "a jb.WeightedL1Problem has kinks, so nothing for smooth problems applies to it; solve it with "
+            "solvers.ForwardBackward and differentiate it with jb.nonsmooth."
+        )
+
+    gradient = value_and_gradient = linearize = slope = _refuse
+
     def index_sets(self, x, gradient, step, tol) -> IndexSets:
         v = trees.add_scaled(x, -step, gradient)
 

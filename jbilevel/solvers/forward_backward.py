@@ -91,6 +91,8 @@ class ForwardBackward:
             raise ValueError("`wait` and `max_products` of ForwardBackward must be at least 1.")
 
     def init(self, view: SparseView, x0, target) -> ForwardBackwardState:
+        if not isinstance(view, SparseView):
+            raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
         smooth = view.smooth
         gradient = smooth.gradient(x0)
         size = trees.norm(gradient)
@@ -118,6 +120,8 @@ class ForwardBackward:
         element = trees.scale(smoothness, gap)
         residual = view.measure(trees.norm(element), smoothness)
         quadratic = 0.5 * smoothness * trees.squared_norm(gap)
+        # soft thresholding would hide NaN
+        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
         merit = value - trees.dot(slope, gap) + quadratic + view.penalty.value(x)
         steepest = secant(state.previous, state.slope, y, slope)
         failure = state.failure

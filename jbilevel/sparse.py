@@ -322,9 +322,10 @@ class WeightedL1Problem:
     def check(self, params) -> None:
         """Refuse params with weights that are negative or not finite, while their values are concrete."""
         validate_arrays(params, "params")
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-            return
+        no_closed_over_tracer("weights", self._weights, params)
         for weight in jax.tree.leaves(_concrete(self, params)):
+            if isinstance(weight, jax.core.Tracer):  # under jit all values are
+                return
             weight = np.asarray(weight)
             if not np.all(np.isfinite(weight) & (weight >= 0)):
                 worst = weight[~(np.isfinite(weight) & (weight >= 0))].ravel()[0]

@@ -16,8 +16,9 @@ from jbilevel.solvers.loop import secant
 from jbilevel.sparse import Piece, SparseView
 
 # a Newton step has to lower the envelope by this share of the residual's term, or the residual by GAIN; it is halved
-# HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING.
-DECREASE, GAIN, HALVINGS, FORCING = 1e-4, 0.5, 3, 1e-3
+# HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING, to CLOSE
+# after a Newton step that went well.
+DECREASE, GAIN, HALVINGS, FORCING, CLOSE = 1e-4, 0.5, 3, 1e-1, 1e-3
 # by how much a secant may exceed L before L counts as wrong: rounding in a float32 gradient
 EXCESS = 0.02
 ROUNDING = 1e3
@@ -42,6 +43,8 @@ class ForwardBackwardState(NamedTuple):
     fallback: Any  # where FISTA goes on when it is given up
     since: Any  # steps since the last Newton step that was refused
     wait: Any  # how many of them make the next one worthwhile: as many as the last one cost
+    first: Any  # residual at the start, and FISTA's steps since: what a Newton step has to compete with
+    strides: Any
 
 
 class _Forward(NamedTuple):
@@ -61,11 +64,11 @@ class ForwardBackward:
     beta at most (1 - r)/(1 + r), r = sqrt(mu/L), where mu is known. After ``wait`` steps a semismooth Newton step on
     y = prox(y - grad F(y)/L) is tried: unknowns that the prox sets to zero go to zero, the others solve a linear system
     with the Hessian restricted to them, by conjugate gradients, and stop at zero where they would change sign. It is
-    kept, and the next follows at once, when it lowers the forward-backward envelope F(y) + <grad F(y), x+ - y> +
-    L/2 ||x+ - y||^2 + G(x+), which has the minimum of F + G (Stella, Themelis & Patrinos 2017), or with half the
-    residual; else it is shortened a few times. Once the support is found a few such steps end a solve. Where none
-    is kept FISTA goes on from where it was for as many steps as the attempt took products, so that attempts that
-    come too early at most double the cost.
+    kept when it lowers the forward-backward envelope F(y) + <grad F(y), x+ - y> + L/2 ||x+ - y||^2 + G(x+), which has
+    the minimum of F + G (Stella, Themelis & Patrinos 2017), or with half the residual; else it is shortened a few
+    times. One that was kept and lowered the residual, per product, at FISTA's pace or better is followed by the next:
+    once the support is found a few of them end a solve. After any other FISTA goes on for as many steps as it took
+    products, so that attempts that come too early at most double the cost.
 
     ``info.residual`` is R = L ||y - x+||. Where F is convex and L a bound on its Hessian, v -> v - grad F(v)/L is
     nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), an element of the subdifferential of F + G at x+, has
@@ -94,27 +97,29 @@ class ForwardBackward:
         if not isinstance(view, SparseView):
             raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
         smooth = view.smooth
-        gradient = smooth.gradient(x0)
+        value, gradient, hessian = smooth.linearize(x0)
         size = trees.norm(gradient)
         smoothness, more = first_curvature(smooth, x0, gradient, size)
         since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
-        work = Work.zero().plus(gradients=1 + more)
-        state = ForwardBackwardState(
-            x0, gradient, jnp.full_like(size, jnp.inf), jnp.zeros_like(size), work, jnp.full((), RUNNING, jnp.int32),
-            smoothness, x0, x0, gradient, jnp.ones_like(size), jnp.full_like(size, jnp.inf), jnp.zeros_like(size),
-            trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
+        forward = self._forward(view, x0, gradient, smoothness, value, hessian)
+        element = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
+        residual = view.measure(trees.norm(element), forward.smoothness)
+        # soft thresholding would hide NaN
+        residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
+        bad = ~view.penalty.usable() | ~(smoothness > 0) | forward.failed
+        failure = jnp.where(bad, Status.NONFINITE, RUNNING).astype(jnp.int32)
+        work = Work.zero().plus(gradients=1 + more, values=forward.values)
+        zero, one = jnp.zeros_like(size), jnp.ones_like(size)
+        return ForwardBackwardState(
+            forward.x, element, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
+            jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
+            residual, zero,
         )  # fmt: skip
-        bad = ~view.penalty.usable() | ~(smoothness > 0)
-        state = state._replace(failure=jnp.where(bad, Status.NONFINITE, RUNNING).astype(jnp.int32))
-        return self._advance(view, state, target, work)
 
     def step(self, view: SparseView, state: ForwardBackwardState, target) -> ForwardBackwardState:
-        return self._advance(view, state, target, state.evaluations.plus(gradients=1))
-
-    def _advance(self, view: SparseView, state: ForwardBackwardState, target, work: Work) -> ForwardBackwardState:
         y = state.point
         value, slope, hessian = view.smooth.linearize(y)
-        forward = self._forward(view, y, value, slope, hessian, state.smoothness)
+        forward = self._forward(view, y, slope, state.smoothness, value, hessian)
         smoothness, x = forward.smoothness, forward.x
         gap = trees.sub(y, x)
         element = trees.scale(smoothness, gap)
@@ -136,21 +141,25 @@ class ForwardBackward:
         kept = newton & (lower | gentle)
         refused = newton & ~kept
         shorter = refused & (state.trial > 0.5**HALVINGS)
-        given_up = refused & ~shorter
+        # per product at least the pace that FISTA had per step
+        strides = state.strides + ~newton
+        pace = jnp.log(state.first / state.residual) / jnp.maximum(strides, 1.0)
+        quick = kept & (jnp.log(state.residual / residual) >= pace * state.wait)
+        ended = newton & ~shorter & ~quick
         following, t = self._extrapolate(view, state, y, x, smoothness)
-        since = jnp.where(given_up, 0, state.since + 1)
-        wanted = ~newton & (since >= state.wait) | kept
+        since = jnp.where(ended, 0, state.since + 1)
+        wanted = (~newton & (since >= state.wait)) | quick
         direction, found, products = self._newton(
-            view, y, x, slope, hessian, smoothness, target, wanted & (residual > target)
+            view, y, x, slope, hessian, smoothness, target, wanted & (residual > target), quick
         )  # fmt: skip
-        work = work.plus(values=forward.values, products=products)
+        work = state.evaluations.plus(gradients=1, values=forward.values, products=products)
         # at the end of a Newton step momentum starts anew
         following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
         moved = ForwardBackwardState(
             x, element, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
             trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
             jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
-            jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32),
+            jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,
         )  # fmt: skip
         length = jnp.where(shorter, 0.5 * state.trial, 0.0)
         nearer = view.penalty.stay(trees.add_scaled(state.x, length, state.direction), state.x)
@@ -160,7 +169,7 @@ class ForwardBackward:
         )  # fmt: skip
         return trees.where(refused, back, moved)
 
-    def _forward(self, view: SparseView, y, value, slope, hessian, smoothness) -> _Forward:
+    def _forward(self, view: SparseView, y, slope, smoothness, value, hessian) -> _Forward:
         """x+ from y, with a longer L where the decrease that L promises fails to come."""
 
         def at(smoothness):
@@ -201,7 +210,7 @@ class ForwardBackward:
             beta = jnp.minimum(beta, (1 - root) / (1 + root))
         return trees.add_scaled(x, beta, change), following
 
-    def _newton(self, view: SparseView, y, x, slope, hessian, smoothness, target, wanted):
+    def _newton(self, view: SparseView, y, x, slope, hessian, smoothness, target, wanted, close):
         """(from x to the end of the Newton step from y, whether there is one, products)."""
         if not self.newton:
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
@@ -217,7 +226,8 @@ class ForwardBackward:
             rhs = rhs if bend is None else trees.add(rhs, bend(gap))
             rhs = piece.project(trees.sub(rhs, hessian(dropped)))
             size = trees.norm(rhs)
-            share = jnp.where(wanted, jnp.maximum(FORCING * size, 0.1 * target), jnp.inf)
+            share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
+            share = jnp.where(wanted, share, jnp.inf)
             system = piece.product(x, hessian)
             found = conjugate_gradients(
                 system, rhs, trees.zeros_like(rhs), share, self.max_products, zero_start=True

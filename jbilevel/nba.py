@@ -17,6 +17,7 @@ SEARCHES = ("line", "trust-region")
 # trust region: share of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow
 ACCEPT, POOR, GOOD = 1e-2, 0.25, 0.75
 SHARPER = 0.1  # factor on both tolerances when no step is found
+SHORT = 3  # trials before a subgradient from nearby is taken in
 SIMPLEX_STEPS = 1000
 
 
@@ -39,7 +40,8 @@ class _Search(NamedTuple):
     trial_warm: Any
     step: Any
     tries: Any
-    bends: Any  # subgradients taken in from nearby
+    stage: Any  # subgradients taken in from nearby; one more where the search ends with the first direction
+    least: Any  # smallest norm of a direction so far
     accepted: Any
     taken: Any  # length of the last step tried
     status: Any
@@ -55,12 +57,13 @@ class NBA:
     "trust-region": the step minimises -tau ||g||^2 + b tau^2 ||g||^2/2, b the last secant curvature, over
     tau ||g|| <= radius, and the radius follows the ratio of actual to predicted decrease.
 
-    At a kink -g need not be a direction of descent. Where all trials fail, the hypergradient g' at the shortest of them
-    belongs to another piece: g becomes the point of least norm on the segment [g, g'], and the search starts again, up
-    to ``bends`` times (the two-point bundle of Wolfe 1975 and Mifflin 1977). ``info.grad_norm`` is the norm of the last
-    g: of an element of the convex hull of hypergradients nearby, so that it does go to zero at a kink that is a
-    minimum, where that of a single hypergradient does not. Where that fails too, both tolerances fall by ten, once or
-    twice; then ``info.done``.
+    At a kink -g need not be a direction of descent, and near one it is one for tiny steps only, on which a search alone
+    would jam. So where a few trials fail, the hypergradient g' at the last of them is taken in, in case it belongs to
+    another piece: g becomes the point of least norm on the segment [g, g'], along the kink, and the search starts
+    again, up to ``bends`` times (the two-point bundle of Wolfe 1975 and Mifflin 1977); only then the first g is
+    followed down to the shortest steps. ``info.grad_norm`` is the least norm of all these g, an element of the convex
+    hull of hypergradients nearby: it goes to zero at a minimum on a kink, where that of a single one does not. Where no
+    step is found, both tolerances fall by ten, at most twice; then ``info.done``.
 
     Args:
       oracle: any hypergradient oracle.
@@ -69,8 +72,8 @@ class NBA:
       tol, adjoint_tol: accuracies; None takes 1e-5 of the sizes at the cold start.
       step_size: first alpha (first radius); None moves params by a tenth of their norm.
       armijo: share of the linear decrease that is demanded. step_down: factor on alpha after a failed trial.
-      tries: trials per direction. bends: see above.
-      stationarity: done when the norm of g is at most this.
+      tries: trials of the first direction. bends: see above.
+      stationarity: done when the norm of the hypergradient is at most this, or no step is found and the least is.
     """
 
     oracle: Any
@@ -119,21 +122,29 @@ class NBA:
         first = self._first(state, hg.grad)
         zero = jnp.zeros((), jnp.int32)
         search = _Search(
-            hg.grad, state.params, hg.warm, first, zero, zero, jnp.asarray(False), jnp.zeros_like(first), hg.status,
-            hg.work,
+            hg.grad, state.params, hg.warm, first, zero, zero, trees.norm(hg.grad), jnp.asarray(False),
+            jnp.zeros_like(first), hg.status, hg.work,
         )  # fmt: skip
 
-        def exhausted(s: _Search):
-            return (s.tries >= self.tries) & (s.bends >= self.bends)
+        final = self.bends + 1 if self.bends else 0
+
+        def patient(s: _Search):
+            short = (s.stage < final) & (trees.norm(s.direction) > 0)
+            return s.tries < jnp.where(short, min(SHORT, self.tries), jnp.where(s.stage < final, 0, self.tries))
 
         def unfinished(s: _Search):
-            steep = trees.norm(s.direction) > self.stationarity
-            return ~s.accepted & steep & ~exhausted(s) & jnp.isfinite(hg.value)
+            steep = trees.norm(hg.grad) > self.stationarity
+            return ~s.accepted & steep & (patient(s) | (s.stage < final)) & jnp.isfinite(hg.value)
 
         def advance(s: _Search) -> _Search:
+            first_again = s._replace(
+                direction=hg.grad, step=self.step_down**SHORT * first, tries=zero, stage=s.stage + 1
+            )  # fmt: skip
             return jax.lax.cond(
-                s.tries < self.tries, lambda s: self._try(oracle, state, hg, batch, s),
-                lambda s: self._bend(oracle, state, batch, s), s,
+                patient(s), lambda s: self._try(oracle, state, hg, batch, s),
+                lambda s: jax.lax.cond(
+                    s.stage < self.bends, lambda s: self._bend(oracle, state, first, batch, s), lambda s: first_again, s
+                ), s,
             )  # fmt: skip
 
         last = jax.lax.while_loop(unfinished, advance, search)
@@ -145,7 +156,7 @@ class NBA:
             start = start * trees.norm(grad) if self.step_size is None else start
             return jnp.where(state.step > 0, state.step, start)
         length = jnp.where(state.step > 0, state.step, start)
-        bb = linesearch.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, length)
+        bb = linesearch.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, 2 * length)
         return jnp.where(state.step > 0, jnp.clip(bb, 0.1 * length, 10 * length), length)
 
     def _bent(self, state: NBAState, grad):
@@ -158,7 +169,7 @@ class NBA:
         length, curvature = s.step, 0.0
         if self.search == "trust-region":
             size, curvature = trees.norm(s.direction), self._bent(state, hg.grad)
-            length = s.step / size
+            length = s.step / jnp.where(size > 0, size, 1.0)
             length = jnp.where(curvature * length > 1, 1 / jnp.where(curvature > 0, curvature, 1.0), length)
         trial, moved = linesearch.projected_step(self.projection, state.params, s.direction, length)
         result = oracle.value(trial, batch, s.trial_warm, tol=state.tol)
@@ -180,23 +191,24 @@ class NBA:
             work=s.work + result.work,
         )  # fmt: skip
 
-    def _bend(self, oracle, state: NBAState, batch, s: _Search) -> _Search:
-        """Take in the hypergradient at the shortest trial, and start again at half of the halvings."""
+    def _bend(self, oracle, state: NBAState, first, batch, s: _Search) -> _Search:
+        """Take in the hypergradient at the last trial, and start again."""
         near = oracle(s.trial, batch, s.trial_warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         towards = trees.sub(near.grad, s.direction)
         squared = trees.squared_norm(towards)
         share = -trees.dot(s.direction, towards) / jnp.where(squared > 0, squared, 1.0)
         mixed = trees.add_scaled(s.direction, jnp.clip(share, 0.0, 1.0), towards)
         direction = trees.where(jnp.isfinite(squared), mixed, s.direction)
-        step = s.step / self.step_down ** (self.tries // 2)
         return s._replace(
-            direction=direction, step=step, tries=jnp.zeros_like(s.tries), bends=s.bends + 1, work=s.work + near.work
-        )
+            direction=direction, step=first, tries=jnp.zeros_like(s.tries),
+            # a minimum at this distance: only shorter steps can tell
+            stage=jnp.where(trees.norm(direction) > 0, s.stage + 1, self.bends).astype(jnp.int32),
+            least=jnp.minimum(s.least, trees.norm(direction)), work=s.work + near.work,
+        )  # fmt: skip
 
     def _finish(self, state: NBAState, hg: Hypergradient, s: _Search) -> tuple[NBAState, StepInfo]:
         accepted = s.accepted
-        size = trees.norm(s.direction)
-        flat = size <= self.stationarity
+        flat = s.least <= self.stationarity
         floored = jnp.all(hg.lower.status == Status.PRECISION)
         done = ~accepted & (flat | floored | (state.sharpened >= 2) | ~jnp.isfinite(hg.value))
         sharper = jnp.where(accepted | done, 1.0, SHARPER)
@@ -215,7 +227,7 @@ class NBA:
             hg, step=jnp.where(accepted, s.taken, 0.0), tol=state.tol, adjoint_tol=state.adjoint_tol, work=s.work,
             status=s.status, done=done,
         )  # fmt: skip
-        return following, info._replace(grad_norm=size)
+        return following, info._replace(grad_norm=s.least)
 
 
 def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=1e-8):

@@ -33,9 +33,9 @@ def test_minimum_on_a_kink(search):
     params = {"a": jnp.array(0.0), "b": jnp.array(0.0)}
     data = jnp.array([1.0])
     result = jb.fit(jb.NBA(VALLEY, search=search, step_size=0.3), params, data, steps=60, progress=False)
-    assert result.history["value"][-1] <= 1e-4
+    assert result.history["value"][-1] <= 1e-6
     assert abs(float(result.params["a"]) - 1) <= 1e-4
-    assert np.min(result.history["grad_norm"]) <= 0.1
+    assert np.min(result.history["grad_norm"]) <= 1e-3
 
 
 @SEARCH
@@ -46,10 +46,11 @@ def test_bundle_leaves_a_ridge_that_the_gradient_cannot(search):
                steps=40, progress=False)
         for bends in (0, 5)
     )  # fmt: skip
-    assert near.history["value"][-1] < 0.1
+    assert near.history["value"][-1] < 1e-3
     assert near.history["value"][-1] <= far.history["value"][-1] + 1e-12
 
 
+@pytest.mark.slow
 @SEARCH
 def test_every_accepted_step_descends_and_weighted_beats_scalar(search):
     data = regression(40, 60, 0, share=0.1)
@@ -57,9 +58,11 @@ def test_every_accepted_step_descends_and_weighted_beats_scalar(search):
     for name, count in (("scalar", 1), ("weighted", 60)):
         params = start(count, data)
         params = params[0] if name == "scalar" else params
-        result = jb.fit(jb.NBA(oracle, search=search), params, one(data), steps=25, progress=False)
+        result = jb.fit(
+            jb.NBA(oracle, search=search, tol=1e-8, adjoint_tol=1e-8), params, one(data), steps=25, progress=False
+        )
         history = result.history["value"]
-        assert np.all(np.diff(history) <= 1e-6 * history[0])
+        assert np.all(np.diff(history) <= 1e-7 * history[0])
         values[name] = history[-1]
     assert values["weighted"] < 0.8 * values["scalar"]
 

@@ -73,7 +73,11 @@ def test_logistic_regression_of_scikit_learn():
     np.testing.assert_allclose(x, model.coef_[0], atol=1e-7)
 
 
-@pytest.mark.parametrize("problem", [NET, replace(NET, smoothness=None), LOGISTIC], ids=["L", "backtracking", "logit"])
+@pytest.mark.parametrize(
+    "problem",
+    [NET, replace(NET, smoothness=None), pytest.param(LOGISTIC, marks=pytest.mark.slow)],
+    ids=["L", "backtracking", "logit"],
+)
 def test_proven_distance(problem):
     for seed in range(5):
         data, params = regression(20, 30, seed, labels=problem is LOGISTIC), log_weights(30, seed)
@@ -202,6 +206,7 @@ def squares_of(params, x, data):
     return jnp.sum(x**2)
 
 
+@pytest.mark.slow
 def test_separable_labels_without_ridge_have_a_finite_answer():
     data = regression(20, 10, 1)
     data["b"] = np.sign(data["A"][:, 0])

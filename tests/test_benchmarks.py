@@ -35,6 +35,7 @@ SCRIPTS = (
     "ct",
     "papers/ridge",
     "papers/paper2_foe",
+    "papers/paper4_tables",
 )
 SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
 QUICK = {

@@ -172,7 +172,9 @@ def compare(name: str, row: Sequence[int], seed: int, args) -> dict[str, dict]:
             "test": job.score(y, held_out["A"], held_out["b"]),
             "loss": values_of(job, batch, tol)(params),
             "support": int(np.sum(y != 0)), "recovered": int(np.sum((y != 0) & (truth != 0))),
-            "steps": steps, "seconds": time.perf_counter() - began, "unsolved": int(info.status) > jb.Status.PRECISION, "y": y, "params": np.asarray(params),
+            "steps": steps, "seconds": time.perf_counter() - began, "y": y,
+            "unsolved": int(info.status) > jb.Status.PRECISION,
+            "params": np.asarray(params),
         }  # fmt: skip
 
     searches = {
@@ -251,7 +253,8 @@ def render(rows: Sequence[dict]) -> str:
             won = sum(a != b and ORDER[name](a, b) == b for a, b in pairs)
             lines.append([
                 f"{case['n']}, {case['m']}, {case['nz']}", _spread(figures["scalar"]["val"]),
-                _spread(figures["weighted"]["val"]), *(_spread(figures[m]["test"]) for m in methods), f"{won} of {len(figures['scalar']['test'])}",
+                _spread(figures["weighted"]["val"]), *(_spread(figures[m]["test"]) for m in methods),
+                f"{won} of {len(figures['scalar']['test'])}",
                 *(f"{np.mean(figures[m]['recovered']):.1f} ({np.mean(figures[m]['support']):.1f})"
                   for m in ("scalar", "weighted")),
             ])  # fmt: skip

@@ -1,8 +1,8 @@
 """Paper 4's wavelet restoration: noisy, blurred and incomplete photographs, with learned weights of coefficients.
 
 Lower level: 1/2 ||R W'x - y||^2 + alpha/2 ||x||^2 + sum_i w_i |x_i| with an orthogonal wavelet transform W; upper
-level: mean PSNR loss of W'x. Weights: one for all, one for each subband, one for each coefficient; learned on some photographs
-and judged on others. The oracle learns on those it is judged on, so no weights of its kind can do much better.
+level: mean PSNR loss of W'x. Weights: one for all, one for each subband, one for each coefficient; learned on some
+photographs and judged on others. The oracle learns on those it is judged on: weights of its kind cannot do much better.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ def render(rows: Sequence[dict]) -> str:
         f"{options['train']} photographs to learn from, {options['test']} others to be judged on, "
         f"{options['sizes'][0]} x {options['sizes'][0]} pixels, db2 wavelets of {options['levels']} levels, "
         f"alpha = {RIDGE:g}, {options['dtype'][0]}. Mean PSNR; gains are over the one weight of all coefficients "
-        "that is best on the test photographs; one weight of the details leaves the low-pass band free. Scalar weights "
-        f"are the best of {len(GRID)}, ratio {GRID[1] / GRID[0]:.2f}; test photographs occur with as many draws of noise as "
-        "give the number of training photographs.\n"
+        "that is best on the test photographs; one weight of the details leaves the low-pass band free. Scalar "
+        f"weights are the best of {len(GRID)}, ratio {GRID[1] / GRID[0]:.2f}; test photographs occur with as many "
+        "draws of noise as give the number of training photographs.\n"
     ]
     for damage in dict.fromkeys(row["case"]["damage"] for row in rows):
         own = {(r["case"]["weights"], r["case"]["learned_on"]): r["figures"] for r in rows

@@ -54,7 +54,7 @@ def restoration(size: int, share: float):
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "restore_wavelets", sigma=0.03, seconds=45, crops=10)
+    parser = pictures.parser(__doc__, "restore_wavelets", sigma=0.03, seconds=90, crops=10)
     parser.add_argument("--share", type=float, default=0.5, help="share of the pixels that were seen")
     args = pictures.parsed(parser, argv)
 
@@ -76,7 +76,7 @@ def main(argv=None):
 
     until = time.perf_counter() + args.seconds
     result = jb.fit(
-        jb.NBA(oracle, tol=tol, adjoint_tol=1e-2), best, train, steps=40, progress=not args.quiet,
+        jb.NBA(oracle, tol=tol, adjoint_tol=1e-2), best, train, steps=25, progress=not args.quiet,
         callback=lambda step, state, info: time.perf_counter() > until, log=args.out / "nba.csv",
     )  # fmt: skip
     print(f"{result.steps} steps: {result.message}")

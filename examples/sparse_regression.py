@@ -51,7 +51,7 @@ def draw(rows: int, columns: int, nonzeros: int, noise: float, rng) -> tuple[dic
 
 def figure(path, truth, found: dict, weights: dict) -> None:
     plt = pictures.pyplot()
-    fig, (above, below) = plt.subplots(2, 1, figsize=(8, 5.2), sharex=True, layout="constrained")
+    fig, (above, below) = plt.subplots(2, 1, figsize=(9.5, 5.2), sharex=True, layout="constrained")
     nonzero = truth != 0
     above.scatter(np.flatnonzero(nonzero), truth[nonzero], s=45, facecolors="none", edgecolors="black", label="truth")
     for (name, y), colour, marker in zip(found.items(), ("#d55e00", "#0072b2"), ("x", "."), strict=True):
@@ -65,7 +65,7 @@ def figure(path, truth, found: dict, weights: dict) -> None:
     below.scatter(at[nonzero], learned[nonzero], s=22, color="#0072b2", label="learned, true nonzeros")
     below.set(xlabel="coefficient", ylabel="weight", yscale="log")
     for axes in (above, below):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes.grid(alpha=0.25)
     fig.savefig(path, dpi=110)
     plt.close(fig)

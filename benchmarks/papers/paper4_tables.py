@@ -122,12 +122,21 @@ def highest(job: Task, batch) -> float:
     return float(jnp.log(jnp.max(jnp.abs(slope))))
 
 
-def values_of(job: Task, batch, tol) -> Callable[[float], float]:
-    return lambda weight: float(job.oracle.value(jnp.asarray(weight), batch, tol=tol).value)
+def values_of(job: Task, batch, tol) -> Callable[[Any], float]:
+    """The upper-level value at log weights; each lower level starts from the solution of the last one."""
+    warm = None
+
+    def value(weight) -> float:
+        nonlocal warm
+        found = job.oracle.value(jnp.asarray(weight), batch, warm, tol=tol)
+        warm = found.warm
+        return float(found.value)
+
+    return value
 
 
 def grid_search(value: Callable, low: float, high: float) -> float:
-    return min(np.linspace(low, high, GRID), key=value)
+    return min(np.linspace(high, low, GRID), key=value)
 
 
 def gaussian_process(value: Callable, low: float, high: float, seed: int) -> float:
@@ -206,7 +215,8 @@ FIGURES = ("val", "test", "loss", "support", "recovered", "steps", "seconds", "u
 
 def measure(args, recorder: common.Recorder) -> None:
     for name in args.tables:
-        for row in {"regression": REGRESSION, "logistic": LOGISTIC}[name][: args.rows]:
+        rows = [row for row in {"regression": REGRESSION, "logistic": LOGISTIC}[name] if row[0] in args.n]
+        for row in rows[: args.rows]:
             draws = [compare(name, row, args.seed + k, args) for k in range(args.draws)]
             figures = {m: {key: [d[m][key] for d in draws] for key in FIGURES} for m in args.methods}
             if name == "regression" and row in SIGNALS:
@@ -242,7 +252,7 @@ def render(rows: Sequence[dict]) -> str:
     ]
     for name in dict.fromkeys(row["case"]["table"] for row in rows):
         own = [row for row in rows if row["case"]["table"] == name]
-        methods = [m for m in METHODS if m in own[0]["figures"]]
+        methods = [m for m in METHODS if all(m in row["figures"] for row in own)]
         score = {"regression": "NMSE", "logistic": "F1"}[name]
         header = ["n, m, nonzeros", "validation: scalar", "weighted", *(f"test, {METHODS[m]}" for m in methods),
                   "draws won", "nonzeros found (of all): scalar", "weighted"]  # fmt: skip
@@ -311,11 +321,12 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
 def main(argv=None) -> None:
     options = common.parser(
         __doc__,
-        defaults={"tables": list(TASKS), "rows": 18, "draws": 10, "steps": 60, "scalar_steps": 15, "tol": 1e-4,
+        defaults={"tables": list(TASKS), "n": [100, 200], "rows": 18, "draws": 10, "steps": 60, "scalar_steps": 15, "tol": 1e-4,
                   "methods": list(METHODS)},
-        quick={"rows": 1, "draws": 1, "steps": 3, "scalar_steps": 2},
+        quick={"n": [100], "rows": 1, "draws": 1, "steps": 3, "scalar_steps": 2},
     )  # fmt: skip
     options.add_argument("--tables", nargs="+", choices=list(TASKS), help="which tables")
+    options.add_argument("--n", nargs="+", type=int, choices=(100, 200), help="rows of which n")
     options.add_argument("--rows", type=int, help="of each table, the first ones")
     options.add_argument("--draws", type=int, help="random problems per row")
     options.add_argument("--steps", type=int, help="outer steps with one weight per coefficient")

@@ -36,8 +36,10 @@ SCRIPTS = (
     "papers/ridge",
     "papers/paper2_foe",
     "papers/paper4_tables",
+    "papers/paper4_wavelets",
+    "sparse",
 )
-SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
+SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe", "papers/paper4_wavelets"}  # measured in single precision
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],

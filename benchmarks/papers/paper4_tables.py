@@ -321,8 +321,8 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
 def main(argv=None) -> None:
     options = common.parser(
         __doc__,
-        defaults={"tables": list(TASKS), "n": [100, 200], "rows": 18, "draws": 10, "steps": 60, "scalar_steps": 15, "tol": 1e-4,
-                  "methods": list(METHODS)},
+        defaults={"tables": list(TASKS), "n": [100, 200], "rows": 18, "draws": 10, "steps": 60, "scalar_steps": 15,
+                  "tol": 1e-4, "methods": list(METHODS)},
         quick={"n": [100], "rows": 1, "draws": 1, "steps": 3, "scalar_steps": 2},
     )  # fmt: skip
     options.add_argument("--tables", nargs="+", choices=list(TASKS), help="which tables")

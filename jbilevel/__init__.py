@@ -7,6 +7,7 @@ from jbilevel import implicit as implicit
 from jbilevel import losses as losses
 from jbilevel import metrics as metrics
 from jbilevel import nets as nets
+from jbilevel import nonsmooth as nonsmooth
 from jbilevel import operators as operators
 from jbilevel import piggyback as piggyback
 from jbilevel import prox as prox
@@ -21,6 +22,7 @@ from jbilevel.hoag import HOAG as HOAG
 from jbilevel.io import load as load
 from jbilevel.io import save as save
 from jbilevel.maid import MAID as MAID
+from jbilevel.nba import NBA as NBA
 from jbilevel.partition import combine as combine
 from jbilevel.partition import partition as partition
 from jbilevel.problems import SmoothProblem as SmoothProblem
@@ -33,4 +35,5 @@ from jbilevel.results import Warm as Warm
 from jbilevel.results import check as check
 from jbilevel.saddle import SaddleProblem as SaddleProblem
 from jbilevel.solvers import solve as solve
+from jbilevel.sparse import WeightedL1Problem as WeightedL1Problem
 from jbilevel.variational import variational as variational

@@ -22,6 +22,7 @@ class Status(enum.IntEnum):
     INDEFINITE = 4
     NONFINITE = 5
     NORM_BOUND = 6
+    SMOOTHNESS = 7
 
     @property
     def message(self) -> str:
@@ -50,6 +51,10 @@ _MESSAGES = {
     Status.NORM_BOUND: (
         "The linear operator stretched a vector by more than `norm` says, so the steps are too long; pass a true bound "
         "on its norm, or `norm=None`."
+    ),
+    Status.SMOOTHNESS: (
+        "The gradient changed faster than `smoothness` says, so the steps are too long; pass a true bound on the "
+        "Hessian's norm, or `smoothness=None`."
     ),
 }
 

@@ -38,9 +38,12 @@ SCRIPTS = (
     "papers/ridge",
     "papers/paper2_foe",
     *(f"papers/{name}" for name in PAPER_3),
+    "papers/paper4_tables",
+    "papers/paper4_wavelets",
+    "sparse",
 )
 # measured in single precision
-SINGLE = {"projectors", *(f"papers/{name}" for name in ("ridge", "paper2_foe", *PAPER_3))}
+SINGLE = {"projectors", *(f"papers/{name}" for name in ("ridge", "paper2_foe", *PAPER_3, "paper4_wavelets"))}
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     ("constants", "results", "trees"),
     ("io", "losses", "metrics", "nets", "operators", "partition", "prox", "regularizers"),
-    ("data", "problems", "saddle", "variational"),
+    ("data", "problems", "saddle", "sparse", "variational"),
     ("solvers",),
     ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "saddle_system", "unroll"),
     ("first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),

@@ -16,11 +16,13 @@ from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
 from jbilevel.solvers.cg import cg as cg
 from jbilevel.solvers.external import External as External
+from jbilevel.solvers.forward_backward import ForwardBackward as ForwardBackward
 from jbilevel.solvers.lbfgs import LBFGS as LBFGS
 from jbilevel.solvers.loop import solve_jitted, start_jitted
 from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.pdhg import PDHG as PDHG
+from jbilevel.sparse import WeightedL1Problem
 
 
 def default_solver(problem):
@@ -29,6 +31,8 @@ def default_solver(problem):
         return NewtonCG()
     if isinstance(problem, SaddleProblem):
         return PDHG()
+    if isinstance(problem, WeightedL1Problem):
+        return ForwardBackward()
     if not hasattr(problem, "at"):
         raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(problem).__name__}.")
     raise TypeError(f"no default solver for {type(problem).__name__}; pass `solver`.")
@@ -38,13 +42,16 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
     """Solve one sample's lower-level problem, x_hat = argmin_x energy(params, x, data), or a saddle point (x, y).
 
     Args:
-      problem: `SmoothProblem`, `SaddleProblem` (or any with a default solver). params, data: pytrees of arrays.
+      problem: `SmoothProblem`, `SaddleProblem`, `WeightedL1Problem` (or any with a default solver).
+      params, data: pytrees of arrays.
       x0: warm start, shaped like ``problem.init(params, data)``; the cold start when None.
       tol: absolute tolerance (traced: changing it does not recompile). With ``strong_convexity`` known it bounds
-        ``||x - x_hat||_2`` through ``||grad||/mu <= tol``, else it bounds ``||grad||_2``.
+        ``||x - x_hat||_2`` through ``||grad||/mu <= tol``, else it bounds ``||grad||_2`` (of weighted l1 problems the
+        forward-backward residual).
       max_steps: step limit (traced).
       solver: see `jbilevel.solvers`; None takes the problem's default (`NewtonCG` for smooth problems,
-        `PDHG` for saddle points, where ``tol`` bounds ``||x - x_hat||_2`` of the primal part if both moduli are known).
+        `ForwardBackward` for weighted l1, `PDHG` for saddle points, where ``tol`` bounds ``||x - x_hat||_2`` of the
+        primal part if both moduli are known).
 
     Returns:
       ``(x, info)`` with info.status, .steps, .residual, .error (proven bound on ``||x - x_hat||``, inf where none is

@@ -1,0 +1,242 @@
+"""Accelerated forward-backward splitting with restart, and semismooth Newton steps on the support it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbilevel import trees
+from jbilevel.results import RUNNING, Status, Work
+from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.cg import iterate as conjugate_gradients
+from jbilevel.solvers.loop import secant
+from jbilevel.sparse import Piece, SparseView
+
+# a Newton step has to lower the envelope by this share of the residual's term, or the residual by GAIN; it is halved
+# HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING, to CLOSE
+# after a Newton step that went well.
+DECREASE, GAIN, HALVINGS, FORCING, CLOSE = 1e-4, 0.5, 3, 1e-1, 1e-3
+# by how much a secant may exceed L before L counts as wrong: rounding in a float32 gradient
+EXCESS = 0.02
+ROUNDING = 1e3
+DOUBLINGS = 60
+
+
+class ForwardBackwardState(NamedTuple):
+    x: Any  # prox(point - gradient F(point)/L): its distance from the solution is what the residual bounds
+    gradient: Any  # L (point - x), the forward-backward residual
+    residual: Any
+    curvature: Any  # largest met, at most L
+    evaluations: Work
+    failure: Any
+    smoothness: Any  # the step is 1/smoothness
+    point: Any  # where F is evaluated next
+    previous: Any  # last point of that kind and the gradient there, for the secant
+    slope: Any
+    t: Any
+    merit: Any  # forward-backward envelope at the last point that was kept
+    trial: Any  # length of the Newton step that ``point`` is the end of, 0 when it is of another kind
+    direction: Any  # of the Newton step, from x
+    fallback: Any  # where FISTA goes on when it is given up
+    since: Any  # steps since the last Newton step that was refused
+    wait: Any  # how many of them make the next one worthwhile: as many as the last one cost
+    first: Any  # residual at the start, and FISTA's steps since: what a Newton step has to compete with
+    strides: Any
+
+
+class _Forward(NamedTuple):
+    """One forward-backward step from a point."""
+
+    x: Any
+    smoothness: Any
+    values: Any  # spent
+    failed: Any
+
+
+@dataclass(frozen=True)
+class ForwardBackward:
+    """FISTA with restart, x+ = prox_{G/L}(y - grad F(y)/L), and semismooth Newton steps (for `WeightedL1Problem`).
+
+    y = x+ + beta (x+ - x) with FISTA's t_k rule (Beck & Teboulle 2009), gradient restart (O'Donoghue & Candes 2015) and
+    beta at most (1 - r)/(1 + r), r = sqrt(mu/L), where mu is known. After ``wait`` steps a semismooth Newton step on
+    y = prox(y - grad F(y)/L) is tried: unknowns that the prox sets to zero go to zero, the others solve a linear system
+    with the Hessian restricted to them, by conjugate gradients, and stop at zero where they would change sign. It is
+    kept when it lowers the forward-backward envelope F(y) + <grad F(y), x+ - y> + L/2 ||x+ - y||^2 + G(x+), which has
+    the minimum of F + G (Stella, Themelis & Patrinos 2017), or with half the residual; else it is shortened a few
+    times. One that was kept and lowered the residual, per product, at FISTA's pace or better is followed by the next:
+    once the support is found a few of them end a solve. After any other FISTA goes on for as many steps as it took
+    products, so that attempts that come too early at most double the cost.
+
+    ``info.residual`` is R = L ||y - x+||. Where F is convex and L a bound on its Hessian, v -> v - grad F(v)/L is
+    nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), an element of the subdifferential of F + G at x+, has
+    ||r|| <= R and mu-strong convexity gives ``||x+ - x_hat|| <= R/mu``: the proven ``info.error``.
+
+    Where L is not given, the step is found by backtracking on F(x+) <= F(y) + <grad F(y), x+ - y> + L/2 ||x+ - y||^2.
+    This inequality alone gives mu (e^2 + (e - d)^2) <= L (d^2 + 2 d e) for e = ||x+ - x_hat|| and d = ||y - x+||, and
+    then R is mu times the largest such e.
+
+    Args:
+      newton: False for FISTA alone. max_products: limit of conjugate gradient steps per Newton step.
+      wait: FISTA steps before the first Newton step (none after a warm start).
+    """
+
+    newton: bool = True
+    max_products: int = 200
+    wait: int = 10
+
+    patience = 1000
+
+    def __post_init__(self):
+        if self.wait < 1 or self.max_products < 1:
+            raise ValueError("`wait` and `max_products` of ForwardBackward must be at least 1.")
+
+    def init(self, view: SparseView, x0, target) -> ForwardBackwardState:
+        if not isinstance(view, SparseView):
+            raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
+        smooth = view.smooth
+        value, gradient, hessian = smooth.linearize(x0)
+        size = trees.norm(gradient)
+        smoothness, more = first_curvature(smooth, x0, gradient, size)
+        since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
+        forward = self._forward(view, x0, gradient, smoothness, value, hessian)
+        element = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
+        residual = view.measure(trees.norm(element), forward.smoothness)
+        # soft thresholding would hide NaN
+        residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
+        bad = ~view.penalty.usable() | ~(smoothness > 0) | forward.failed
+        failure = jnp.where(bad, Status.NONFINITE, RUNNING).astype(jnp.int32)
+        work = Work.zero().plus(gradients=1 + more, values=forward.values)
+        zero, one = jnp.zeros_like(size), jnp.ones_like(size)
+        return ForwardBackwardState(
+            forward.x, element, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
+            jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
+            residual, zero,
+        )  # fmt: skip
+
+    def step(self, view: SparseView, state: ForwardBackwardState, target) -> ForwardBackwardState:
+        y = state.point
+        value, slope, hessian = view.smooth.linearize(y)
+        forward = self._forward(view, y, slope, state.smoothness, value, hessian)
+        smoothness, x = forward.smoothness, forward.x
+        gap = trees.sub(y, x)
+        element = trees.scale(smoothness, gap)
+        residual = view.measure(trees.norm(element), smoothness)
+        quadratic = 0.5 * smoothness * trees.squared_norm(gap)
+        # soft thresholding would hide NaN
+        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
+        merit = value - trees.dot(slope, gap) + quadratic + view.penalty.value(x)
+        steepest = secant(state.previous, state.slope, y, slope)
+        failure = state.failure
+        if view.constants.smoothness is not None:
+            failure = jnp.where(steepest > (1 + EXCESS) * smoothness, Status.SMOOTHNESS, failure).astype(jnp.int32)
+        failure = jnp.where(forward.failed, Status.NONFINITE, failure).astype(jnp.int32)
+
+        newton = state.trial > 0
+        room = 10 * trees.eps(y) * jnp.abs(state.merit)
+        lower = (merit <= state.merit - DECREASE * quadratic) & (residual < jnp.inf)
+        gentle = (residual <= GAIN * state.residual) & (merit <= state.merit + room)
+        kept = newton & (lower | gentle)
+        refused = newton & ~kept
+        shorter = refused & (state.trial > 0.5**HALVINGS)
+        # per product at least the pace that FISTA had per step
+        strides = state.strides + ~newton
+        pace = jnp.log(state.first / state.residual) / jnp.maximum(strides, 1.0)
+        quick = kept & (jnp.log(state.residual / residual) >= pace * state.wait)
+        ended = newton & ~shorter & ~quick
+        following, t = self._extrapolate(view, state, y, x, smoothness)
+        since = jnp.where(ended, 0, state.since + 1)
+        wanted = (~newton & (since >= state.wait)) | quick
+        direction, found, products = self._newton(
+            view, y, x, slope, hessian, smoothness, target, wanted & (residual > target), quick
+        )  # fmt: skip
+        work = state.evaluations.plus(gradients=1, values=forward.values, products=products)
+        # at the end of a Newton step momentum starts anew
+        following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
+        moved = ForwardBackwardState(
+            x, element, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
+            trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
+            jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
+            jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,
+        )  # fmt: skip
+        length = jnp.where(shorter, 0.5 * state.trial, 0.0)
+        nearer = view.penalty.stay(trees.add_scaled(state.x, length, state.direction), state.x)
+        back = state._replace(
+            point=trees.where(shorter, nearer, state.fallback), trial=length, since=since, evaluations=work,
+            smoothness=smoothness, failure=failure,
+        )  # fmt: skip
+        return trees.where(refused, back, moved)
+
+    def _forward(self, view: SparseView, y, slope, smoothness, value, hessian) -> _Forward:
+        """x+ from y, with a longer L where the decrease that L promises fails to come."""
+
+        def at(smoothness):
+            return view.penalty.prox(trees.add_scaled(y, -1 / smoothness, slope), 1 / smoothness)
+
+        none = jnp.zeros((), jnp.int32)
+        if view.constants.smoothness is not None:
+            return _Forward(at(smoothness), smoothness, none, jnp.asarray(False))
+
+        def enough(x, smoothness):
+            move = trees.sub(x, y)
+            curved = 0.5 * smoothness * trees.squared_norm(move)
+            decrease = view.smooth.value(x) - value - trees.dot(slope, move)
+            # where the difference of two values is rounding the Hessian decides
+            fine = curved > ROUNDING * trees.eps(y) * jnp.abs(value)
+            decrease = jnp.where(fine, decrease, 0.5 * trees.dot(move, hessian(move)))
+            return decrease <= (1 + 64 * trees.eps(y)) * curved
+
+        def longer(carry):
+            smoothness, x, values, _ = carry
+            smoothness = jnp.where(values > 0, 2 * smoothness, smoothness)
+            x = at(smoothness)
+            return smoothness, x, values + 1, enough(x, smoothness)
+
+        start = (smoothness, y, none, jnp.asarray(False))
+        smoothness, x, values, found = jax.lax.while_loop(lambda c: ~c[3] & (c[2] < DOUBLINGS), longer, start)
+        return _Forward(x, smoothness, values, ~found)
+
+    def _extrapolate(self, view: SparseView, state: ForwardBackwardState, y, x, smoothness):
+        change = trees.sub(x, state.x)
+        restart = trees.dot(trees.sub(y, x), change) > 0
+        t = jnp.where(restart, 1.0, state.t)
+        following = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
+        beta = jnp.where(restart, 0.0, (t - 1) / following)
+        mu = view.constants.strong_convexity
+        if mu is not None:
+            root = jnp.sqrt(jnp.clip(mu / smoothness, 0.0, 1.0))
+            beta = jnp.minimum(beta, (1 - root) / (1 + root))
+        return trees.add_scaled(x, beta, change), following
+
+    def _newton(self, view: SparseView, y, x, slope, hessian, smoothness, target, wanted, close):
+        """(from x to the end of the Newton step from y, whether there is one, products)."""
+        if not self.newton:
+            return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
+
+        def solve(_):
+            sets = view.index_sets(y, slope, 1 / smoothness, 0.0)
+            piece = Piece(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
+            gap = trees.sub(x, y)
+            # unknowns that the prox sets to zero go there, whatever the others do
+            dropped = trees.sub(gap, piece.project(gap))
+            bend = piece.bend(x)
+            rhs = trees.scale(smoothness, gap)
+            rhs = rhs if bend is None else trees.add(rhs, bend(gap))
+            rhs = piece.project(trees.sub(rhs, hessian(dropped)))
+            size = trees.norm(rhs)
+            share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
+            share = jnp.where(wanted, share, jnp.inf)
+            system = piece.product(x, hessian)
+            found = conjugate_gradients(
+                system, rhs, trees.zeros_like(rhs), share, self.max_products, zero_start=True
+            )  # fmt: skip
+            move = trees.sub(trees.add(dropped, piece.project(found.x)), gap)
+            good = wanted & trees.all_finite(move) & (found.steps > 0)
+            return move, good, found.steps + 1
+
+        def skip(_):
+            return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
+
+        return jax.lax.cond(wanted, solve, skip, None)

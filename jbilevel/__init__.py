@@ -33,4 +33,5 @@ from jbilevel.results import Warm as Warm
 from jbilevel.results import check as check
 from jbilevel.saddle import SaddleProblem as SaddleProblem
 from jbilevel.solvers import solve as solve
+from jbilevel.validation import Validation as Validation
 from jbilevel.variational import variational as variational

@@ -22,8 +22,9 @@ class Validation:
       batch: the validation data.
       every: steps between two measurements.
       patience: stop after this many measurements in a row without a new best one; None: never.
-      path: file for the best parameters (see `jb.save`), written at each measurement. Where `fit` resumes from a checkpoint, the
-        best value is taken up again from it; a file of a later step than the first one seen is of another run.
+      path: file for the best parameters (see `jb.save`), written at each measurement. Where `fit` resumes from a
+        checkpoint, the best value is taken up again from it; a file of a later step than the first one seen is of
+        another run.
       params: what is judged, e.g. ``lambda state: state.average.params``.
       tol: of the lower-level solves.
 

@@ -230,9 +230,9 @@ def test_scan_and_remat_equal_the_plain_loop():
         return jnp.sum(x[..., 0] ** 2)
 
     value, slope = jax.jit(loop)(params, y)
-    for remat in ("layers", "networks", "none"):
+    for remat, unroll in (("layers", False), ("networks", False), ("none", True), ("layers", None)):
         settings = {"memory": (2, 2), "subsets": 2, "sketch": (2, 1, 1), "sketched": "residual", "step": 0.5}
-        f, _ = jb.nets.from_flax(made(**settings, remat=remat))
+        f, _ = jb.nets.from_flax(made(**settings, remat=remat, unroll=unroll))
         found = jax.jit(jax.value_and_grad(lambda p, y, f=f: jnp.sum(f(p, y) ** 2)))(params, y)
         np.testing.assert_allclose(found[0], value, rtol=1e-12)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found[1], slope)
@@ -268,7 +268,9 @@ def test_products_are_kept_across_remat_where_asked():
     bridge = jb.operators.from_callbacks(host, back, (8, 8), (7, 11), dtype="float64")
     counts, slopes = {}, {}
     for remat in ("layers", "networks"):
-        net = jb.nets.LPD(bridge, rngs=nnx.Rngs(0), layers=3, remat=remat, normalise=made().scale, **SMALL)
+        net = jb.nets.LPD(
+            bridge, rngs=nnx.Rngs(0), layers=3, remat=remat, unroll=False, normalise=made().scale, **SMALL
+        )
         f, params = perturbed(net)
         slope = jax.jit(jax.grad(lambda p, f=f: jnp.sum(f(p, jnp.asarray(Y)) ** 2)))
         jax.block_until_ready(slope(params))

@@ -91,6 +91,8 @@ class LPD(nnx.Module):
       sketched: "operator", "primal" or "residual".
       remat: "layers" keeps x and u between layers only and repeats all else in the backward pass; "networks" keeps the
         products with the operator too (for host callbacks); "none" keeps everything.
+      unroll: run the layers one by one in place of a scan, without rematerialisation. None: on a CPU, where XLA's
+        derivatives of convolutions are about twenty times slower inside a loop; False needs the least memory there too.
       param_dtype: of the parameters. rngs: ``nnx.Rngs(seed)``.
       network: width, depth, kernel, last_kernel, activation, weights and zero_last of `ConvNet`, and its dtype, e.g.
         ``jnp.bfloat16``, which is for the convolutions: memory, operator and parameters keep theirs.
@@ -133,6 +135,7 @@ class LPD(nnx.Module):
         sketch: Sequence[int] | None = None,
         sketched: str = "primal",
         remat: str = "layers",
+        unroll: bool | None = None,
         param_dtype=jnp.float32,
         **network,
     ):
@@ -140,6 +143,7 @@ class LPD(nnx.Module):
         self.initial, self.back, self.filter = initial, back, filter
         self.subsets, self.factor, self.dual = subsets, subsets if factor is None else factor, dual
         self.sketch, self.sketched, self.remat = (1,) * layers if sketch is None else tuple(sketch), sketched, remat
+        self.unroll = unroll
         _check(self, layers)
         self.scale = float(operator.norm() if normalise is True else normalise or 1.0)
         dims = len(operator.in_shape), len(operator.out_shape)
@@ -181,8 +185,13 @@ class LPD(nnx.Module):
             now = slice(done, done := done + len(list(run)))
             layer = self._rematerialised(partial(self._layer, graph, coarsened(self.operator, sketch), y / self.scale))
             of_run = jax.tree.map(lambda v: v[now], (params, order))  # noqa: B023
-            (x, u), _ = jax.lax.scan(lambda state, k: (layer(state, *k), None), (x, u), of_run)  # noqa: B023
+            step = lambda state, k: (layer(state, *k), None)  # noqa: B023, E731
+            (x, u), _ = jax.lax.scan(step, (x, u), of_run, unroll=self._unrolled)
         return x[..., self.write]
+
+    @property
+    def _unrolled(self) -> bool:
+        return jax.default_backend() == "cpu" if self.unroll is None else self.unroll
 
     def _start(self, y, x0):
         A, (primal, dual) = self.operator, self.memory
@@ -203,7 +212,7 @@ class LPD(nnx.Module):
         return order
 
     def _rematerialised(self, layer):
-        if self.remat == "none":
+        if self.remat == "none" or self._unrolled:
             return layer
         names = [PRODUCTS] if self.remat == "networks" else []
         policy = jax.checkpoint_policies.save_only_these_names(*names)

@@ -1,0 +1,54 @@
+"""A small learned primal-dual network against filtered backprojection with its best filter, at the size of a test."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jbilevel as jb
+from jbilevel.operators.fbp import WINDOWS
+
+VIEWS, SIZE, PIXEL = 24, 64, 360 / 64
+LOSS = jb.losses.squared_error(mean=True)
+
+
+def scans(rng, A, count):
+    """Drawn abdomens and their analytic sinograms with photon noise."""
+    phantoms = [jb.data.abdomen(rng).ellipses for _ in range(count)]
+    images = np.stack([jb.data.raster(p, A.in_shape, pixel_size=PIXEL) for p in phantoms])
+    exact = np.stack([jb.data.parallel_sinogram(p, A.angles, A.n_detectors, PIXEL) for p in phantoms])
+    return {"x": jnp.asarray(images), "y": jnp.asarray(jb.data.poisson_transmission(rng, exact, 7e4))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"subsets": 4, "layers": 8}, {"subsets": 2, "sketch": (2, 2, 1, 1), "sketched": "residual"}]
+)
+def test_two_decibels_over_the_best_filter(settings):
+    started, rng = time.process_time(), np.random.default_rng(0)
+    A = jb.operators.ParallelBeam((SIZE, SIZE), np.pi * np.arange(VIEWS) / VIEWS, 93, PIXEL, PIXEL)
+    train, test = scans(rng, A, 100), scans(rng, A, 16)
+    quality = lambda x: float(jb.metrics.mean_psnr(x, test["x"], 2.0))  # noqa: E731
+    best = max(quality(A.fbp(test["y"], name)) for name in WINDOWS)
+    net = jb.nets.LPD(
+        A, rngs=nnx.Rngs(0), initial="fbp", filter="cosine", zero_last=True, width=16,
+        **({"layers": 4, "memory": (3, 3)} | settings),
+    )  # fmt: skip
+    f, params = jb.nets.from_flax(net)
+    oracle = jb.explicit.Oracle(lambda params, data: LOSS(None, f(params, data["y"]), data))
+    steps = 100
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, steps)))
+
+    def batches(step):
+        chosen = np.random.default_rng(step).choice(100, 4, replace=False)
+        return jax.tree.map(lambda v: v[chosen], train)
+
+    result = jb.fit(jb.FirstOrder(oracle, optimizer), params, batches, steps=steps)
+    found = quality(jax.jit(jax.vmap(f, (None, 0)))(result.params, test["y"]))
+    assert quality(jax.vmap(f, (None, 0))(params, test["y"])) <= best + 1e-3  # it starts as FBP
+    assert found >= best + 2, (found, best)
+    assert time.process_time() - started <= 120  # a minute on two cores

@@ -25,10 +25,8 @@ def scans(rng, A, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{}, {"subsets": 4, "layers": 8}, {"subsets": 2, "sketch": (2, 2, 1, 1), "sketched": "residual"}]
-)
-def test_two_decibels_over_the_best_filter(settings):
+@pytest.mark.parametrize("settings", [{}, {"layers": 6, "subsets": 2, "sketch": (2, 2, 2, 1, 1, 1)}])
+def test_far_better_than_the_best_filter(settings):
     started, rng = time.process_time(), np.random.default_rng(0)
     A = jb.operators.ParallelBeam((SIZE, SIZE), np.pi * np.arange(VIEWS) / VIEWS, 93, PIXEL, PIXEL)
     train, test = scans(rng, A, 100), scans(rng, A, 16)
@@ -36,12 +34,13 @@ def test_two_decibels_over_the_best_filter(settings):
     best = max(quality(A.fbp(test["y"], name)) for name in WINDOWS)
     net = jb.nets.LPD(
         A, rngs=nnx.Rngs(0), initial="fbp", filter="cosine", zero_last=True, width=16,
-        **({"layers": 4, "memory": (3, 3)} | settings),
+        **({"layers": 5, "memory": (5, 5), "sketched": "residual"} | settings),
     )  # fmt: skip
     f, params = jb.nets.from_flax(net)
     oracle = jb.explicit.Oracle(lambda params, data: LOSS(None, f(params, data["y"]), data))
-    steps = 100
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, steps)))
+    steps = 150
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 20, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     def batches(step):
         chosen = np.random.default_rng(step).choice(100, 4, replace=False)
@@ -50,5 +49,5 @@ def test_two_decibels_over_the_best_filter(settings):
     result = jb.fit(jb.FirstOrder(oracle, optimizer), params, batches, steps=steps)
     found = quality(jax.jit(jax.vmap(f, (None, 0)))(result.params, test["y"]))
     assert quality(jax.vmap(f, (None, 0))(params, test["y"])) <= best + 1e-3  # it starts as FBP
-    assert found >= best + 2, (found, best)
+    assert found >= best + 4, (found, best)  # measured: 6.3 and 4.8; the criterion is 2
     assert time.process_time() - started <= 120  # a minute on two cores

@@ -2,6 +2,7 @@
 
 from jbilevel.nets.adapters import from_equinox as from_equinox
 from jbilevel.nets.adapters import from_flax as from_flax
+from jbilevel.nets.joint import JointLoss as JointLoss
 
 
 def __getattr__(name: str):

@@ -213,6 +213,7 @@ def test_padding_of_short_subsets_reaches_nothing():
 # ------------------------------------------------------------------------------------------- derivatives and transforms
 
 
+@pytest.mark.slow
 def test_scan_and_remat_equal_the_plain_loop():
     net = made(memory=(2, 2), subsets=2, sketch=(2, 1, 1), sketched="residual", step=0.5)
     _, params = perturbed(net)

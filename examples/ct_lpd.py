@@ -14,21 +14,18 @@ best on validation data. Writes a table and a figure to --out; about two minutes
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pictures
 import scans
 from flax import nnx
 
 import jbilevel as jb
 from jbilevel.nets.lpd import NAMED
-from jbilevel.operators.fbp import WINDOWS
 
 SMALL = {  # a network for minutes on a CPU: starts as the best filtered backprojection
     "memory": (5, 5), "width": 16, "initial": "fbp", "zero_last": True,
@@ -47,18 +44,10 @@ def slices(args, rng):
     """The same for slices of patients, measured on the grid that they have and reconstructed on a coarser one."""
     stored = scans.hounsfield(args.data, 3)
     fine = np.asarray(jb.data.hu_to_density(stored["hu"].astype(np.float32)))
-    count, times = len(fine), fine.shape[1] // args.size
-    if fine.shape[1:] != (args.size * times,) * 2:
-        raise SystemExit(f"--size {args.size} does not divide the sides of slices of {fine.shape[1:]} pixels.")
-    images = fine.reshape(count, args.size, times, args.size, times).mean((2, 4))
-    pixel = float(np.median(stored.get("pixel_mm", args.pixel_mm)))
-    A = scans.geometry(images.shape[1:], args.views, pixel * times)
-    measuring = dataclasses.replace(A, in_shape=fine.shape[1:], pixel_size=pixel)
-    sinograms = [
-        scans.measured(measuring, some, None, args.photons, rng) for some in np.split(fine, range(8, count, 8))
-    ]
+    count, pixel = len(fine), float(np.median(stored.get("pixel_mm", args.pixel_mm)))
+    A, images, sinograms = scans.rescanned(fine, pixel, args.size, args.views, args.photons, rng)
     patients = stored.get("patient", np.arange(count)).tolist()
-    return A, images, jnp.concatenate(sinograms), jb.data.split_by_patient(patients, (0.7, 0.1, 0.2), rng)
+    return A, images, sinograms, jb.data.split_by_patient(patients, (0.7, 0.1, 0.2), rng)
 
 
 def digits(args, rng):
@@ -74,12 +63,6 @@ def split(args, count: int):
     return np.split(np.arange(count), [count - args.validation - args.test, count - args.test])
 
 
-def best_filter(A, data) -> str:
-    """The window of filtered backprojection with the least error."""
-    errors = {name: jnp.mean((A.fbp(data["y"], name) - data["x"]) ** 2) for name in WINDOWS}
-    return min(errors, key=errors.get)
-
-
 def network(args, A, filter: str):
     """``(f, params)`` of the network that the options describe."""
     settings = {"subsets": args.subsets, "sketched": args.sketched, "filter": filter}
@@ -92,22 +75,14 @@ def network(args, A, filter: str):
 
 def train(args, f, params, training, validation):
     """The average of the iterates that is best on the validation data."""
-    oracle = jb.explicit.Oracle(lambda params, data: LOSS(None, f(params, data["y"]), data))
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.steps // 20, args.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-    method = jb.FirstOrder(oracle, optimizer, average=0.95)
-    chosen = lambda step: np.random.default_rng([args.seed, step]).choice(len(training["x"]), args.batch)  # noqa: E731
-    best = jb.Validation(
-        oracle, validation, every=25, path=args.out / "best.npz", params=lambda state: state.average.params
-    )
-    result = jb.fit(
-        method, params, lambda step: jax.tree.map(lambda v: v[chosen(step)], training), steps=args.steps,
-        callback=best, checkpoint=args.out / "run.npz", checkpoint_every=100, progress=not args.quiet,
+    best, step, result = scans.train(
+        lambda params, data: LOSS(None, f(params, data["y"]), data), params, training, validation, steps=args.steps,
+        batch=args.batch, rate=args.rate, seed=args.seed, folder=args.out, progress=not args.quiet,
     )  # fmt: skip
     seconds = result.history["seconds"].sum()
     print(f"{result.steps} steps of {args.batch} images in {seconds:.0f} s, and {result.compile_seconds:.0f} s of "
-          f"compilation: {result.message} Best on validation data after step {best.step}.")  # fmt: skip
-    return best.params
+          f"compilation: {result.message} Best on validation data after step {step}.")  # fmt: skip
+    return best
 
 
 def main(argv=None):
@@ -141,7 +116,7 @@ def main(argv=None):
     data = {"x": jnp.asarray(images, jnp.float32), "y": jnp.asarray(sinograms, jnp.float32)}
     training, validation, test = ({k: v[np.asarray(part)] for k, v in data.items()} for part in parts)
 
-    filter = best_filter(A, validation)
+    filter = scans.best_filter(A, validation)
     f, params = network(args, A, filter)
     print(f"{len(training['x'])} images of {A.in_shape}, {A.out_shape[0]} views; {jb.trees.size(params)} parameters")
     params = train(args, f, params, training, validation)

@@ -1,12 +1,16 @@
-"""What the examples of computed tomography share: slices, their geometry, and noisy sinograms of them."""
+"""What learned computed tomography shares: slices, their geometry, noisy sinograms of them, and how networks train."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jbilevel as jb
+from jbilevel.operators.fbp import WINDOWS
 
 WIDTH = 360.0  # of the drawn slices, in mm
 WINDOW = (0.84, 1.24)  # -160 to 240 HU, for soft tissue
@@ -44,3 +48,47 @@ def measured(A, images, phantoms, photons: float, rng) -> jax.Array:
         size = A.detector_size
         exact = np.stack([jb.data.parallel_sinogram(p, A.angles, A.n_detectors, size) for p in phantoms])
     return jnp.asarray(jb.data.poisson_transmission(rng, np.asarray(exact, np.float32), photons))
+
+
+def coarser(stack, size: int):
+    """Means of blocks of a stack of square images (n, N, N), n of ``size`` pixels a side."""
+    times, rest = divmod(stack.shape[-1], size)
+    if rest or stack.shape[1] != stack.shape[2]:
+        raise SystemExit(f"--size {size} does not divide the sides of slices of {stack.shape[1:]} pixels.")
+    return stack.reshape(len(stack), size, times, size, times).mean((2, 4))
+
+
+def rescanned(densities, pixel: float, size: int, views: int, photons: float, rng):
+    """(operator, images, sinograms) of slices that are measured on their own grid and reconstructed on a coarser."""
+    images = coarser(densities, size)
+    A = geometry(images.shape[1:], views, pixel * densities.shape[-1] / size)
+    measuring = dataclasses.replace(A, in_shape=densities.shape[1:], pixel_size=pixel)
+    parts = np.split(densities, range(8, len(densities), 8))
+    return A, images, jnp.concatenate([measured(measuring, some, None, photons, rng) for some in parts])
+
+
+def best_filter(A, data) -> str:
+    """The window of filtered backprojection with the least error."""
+    errors = {name: jnp.mean((A.fbp(data["y"], name) - data["x"]) ** 2) for name in WINDOWS}
+    return min(errors, key=errors.get)
+
+
+def train(loss, params, data, validation, *, steps, batch, rate=2e-3, seed=0, folder=None, progress=False):
+    """``(the average of the iterates that is best on the validation data, its step, what fit returned)``.
+
+    Adam with a warm-up and a cosine decay of the rate; ``folder`` keeps a checkpoint, from which the run goes on.
+    """
+    oracle = jb.explicit.Oracle(loss)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    method = jb.FirstOrder(oracle, optimizer, average=0.95)
+    chosen = lambda step: np.random.default_rng([seed, step]).choice(len(data["x"]), batch)  # noqa: E731
+    best = jb.Validation(
+        oracle, validation, every=min(25, steps), path=folder and folder / "best.npz",
+        params=lambda state: state.average.params,
+    )  # fmt: skip
+    result = jb.fit(
+        method, params, lambda step: jax.tree.map(lambda v: v[chosen(step)], data), steps=steps, callback=best,
+        checkpoint=folder and folder / "run.npz", checkpoint_every=100, progress=progress,
+    )  # fmt: skip
+    return best.params, best.step, result

@@ -103,8 +103,7 @@ def gathered(rows: Sequence[dict], keys: Sequence[str], leave_out: str = "seed")
 
 def spread(values, digits: int = 2) -> str:
     """mean ± standard deviation over the seeds, or the value of the only one."""
-    if values is None:
+    if values is None or np.any(np.isnan(values)):
         return "–"
-    values = np.asarray(values)
     text = f"{values.mean():.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"

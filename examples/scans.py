@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 import jbilevel as jb
+from jbilevel.data.ellipses import from_unit_disc
 from jbilevel.operators.fbp import WINDOWS
 
 WIDTH = 360.0  # of the drawn slices, in mm
+LIVER, LESION = (jb.data.ABDOMEN_LABELS.index(name) for name in ("liver", "lesion"))
 WINDOW = (0.84, 1.24)  # -160 to 240 HU, for soft tissue
 
 
@@ -21,6 +23,27 @@ def drawn(count: int, size: int, rng) -> tuple[np.ndarray, list, float]:
     pixel = WIDTH / size
     phantoms = [jb.data.abdomen(rng).ellipses for _ in range(count)]
     return np.stack([jb.data.raster(p, (size, size), pixel_size=pixel) for p in phantoms]), phantoms, pixel
+
+
+def lesions(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray, list, float]:
+    """(densities, masks of the lesions, ellipses, pixel size) of abdomens with lesions that a small image can show."""
+    pixel, drawings = WIDTH / size, [with_lesions(jb.data.abdomen(rng, lesions=0), rng) for _ in range(count)]
+    images = [jb.data.raster(p.ellipses, (size, size), pixel_size=pixel) for p in drawings]
+    masks = [jb.data.label_mask(p.ellipses, p.labels, (size, size), pixel_size=pixel) == LESION for p in drawings]
+    return np.stack(images), np.stack(masks), [p.ellipses for p in drawings], pixel
+
+
+def with_lesions(phantom, rng):
+    """One or two lesions on opposite sides of the liver's larger lobe, 40 to 100 HU below it."""
+    liver = phantom.ellipses[phantom.labels.index(LIVER)]
+    first, added = rng.uniform(0, 2 * np.pi), []
+    for n in range(rng.integers(1, 3)):
+        phi, r = first + n * np.pi, rng.uniform(0.4, 0.5)
+        x, y = from_unit_disc(liver, r * np.cos(phi), r * np.sin(phi))
+        a = rng.uniform(0.25, 0.4) * min(liver.a, liver.b)
+        b, angle, value = a * rng.uniform(0.8, 1), rng.uniform(0, np.pi), -rng.uniform(0.04, 0.1)
+        added.append(jb.data.Ellipse(x, y, a, b, angle, value))
+    return phantom._replace(ellipses=[*phantom.ellipses, *added], labels=[*phantom.labels, *[LESION] * len(added)])
 
 
 def hounsfield(path, count: int = 1) -> dict[str, np.ndarray]:
@@ -84,7 +107,7 @@ def train(loss, params, data, validation, *, steps, batch, rate=2e-3, seed=0, fo
     method = jb.FirstOrder(oracle, optimizer, average=0.95)
     chosen = lambda step: np.random.default_rng([seed, step]).choice(len(data["x"]), batch)  # noqa: E731
     best = jb.Validation(
-        oracle, validation, every=min(25, steps), path=folder and folder / "best.npz",
+        oracle, validation, every=max(1, steps // 12), path=folder and folder / "best.npz",
         params=lambda state: state.average.params,
     )  # fmt: skip
     result = jb.fit(

@@ -71,10 +71,10 @@ def compared(args, recorder, data: networks.Scans, case: dict, models: dict, *, 
 
 
 def total_variation(args, data: networks.Scans):
-    """(f, parameters, figures) of smoothed TV with the weight that is best on a few training slices."""
+    """(f, parameters, figures) of smoothed TV with the weight that is best on two training slices."""
     norm = data.operator.norm()
     problem = jb.variational((1 / norm) * data.operator, TV)
-    few = {"x": data.train["x"][:4], "y": data.train["y"][:4] / norm}
+    few = {"x": data.train["x"][:2], "y": data.train["y"][:2] / norm}
     oracle = jb.implicit.Oracle(problem, networks.LOSS)
     values = [float(oracle.value(_log(w), few, tol=0.1).value) for w in TV_WEIGHTS]
     weight = TV_WEIGHTS[int(np.nanargmin(values))]

@@ -38,9 +38,9 @@ def with_lesions(phantom, rng):
     liver = phantom.ellipses[phantom.labels.index(LIVER)]
     first, added = rng.uniform(0, 2 * np.pi), []
     for n in range(rng.integers(1, 3)):
-        phi, r = first + n * np.pi, rng.uniform(0.4, 0.5)
+        phi, r = first + n * np.pi, 0.5
         x, y = from_unit_disc(liver, r * np.cos(phi), r * np.sin(phi))
-        a = rng.uniform(0.25, 0.4) * min(liver.a, liver.b)
+        a = rng.uniform(0.33, 0.45) * min(liver.a, liver.b)
         b, angle, value = a * rng.uniform(0.8, 1), rng.uniform(0, np.pi), -rng.uniform(0.04, 0.1)
         added.append(jb.data.Ellipse(x, y, a, b, angle, value))
     return phantom._replace(ellipses=[*phantom.ellipses, *added], labels=[*phantom.labels, *[LESION] * len(added)])

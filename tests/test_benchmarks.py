@@ -35,8 +35,12 @@ SCRIPTS = (
     "ct",
     "papers/ridge",
     "papers/paper2_foe",
+    "papers/paper1_ct",
+    "papers/paper1_joint",
+    "learned_reconstruction",
 )
-SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"}  # measured in single precision
+LEARNED = {"papers/paper1_ct", "papers/paper1_joint", "learned_reconstruction"}
+SINGLE = {"projectors", "papers/ridge", "papers/paper2_foe"} | LEARNED  # measured in single precision
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
@@ -76,6 +80,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     for name in SCRIPTS:
         assert f"python benchmarks/{name}.py --quick" in page
     assert "times faster" in page and "violations" in page and "Against plain Newton-CG" in page
+    assert "LPD over the best filter" in page and "under the ceiling" in page and "of unrolled; criterion" in page
     assert "| FP 32² × 10, batch 2 | pure JAX |" in page
     distances = [row["figures"].get("distance", 0.0) for row in rows["projectors"]]
     assert max(distances) < 1e-5

@@ -19,38 +19,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pictures
+import scans
 
 import jbilevel as jb
 
-WINDOW = (0.84, 1.24)  # -160 to 240 HU, for soft tissue
 TV = jb.regularizers.SmoothedTV(eps=0.003)
 
 
 def slices_of(args, rng):
-    """(densities (n, size, size), exact sinograms or None, pixel size in mm)."""
-    if args.slices is None:
-        pixel = 360.0 / args.size
-        drawn = [jb.data.abdomen(rng) for _ in range(args.train + args.test)]
-        shape = (args.size, args.size)
-        images = [jb.data.raster(phantom.ellipses, shape, pixel_size=pixel) for phantom in drawn]
-        return np.stack(images), [phantom.ellipses for phantom in drawn], pixel
-    stored = np.load(args.slices, allow_pickle=False)
-    hu = np.asarray(stored["hu"] if hasattr(stored, "files") else stored)
+    """(densities (n, H, W), ellipses or None, pixel size in mm)."""
     count = args.train + args.test
-    if hu.ndim != 3 or len(hu) < count:
-        raise SystemExit(f"--slices {args.slices}: need an array of at least {count} slices (n, H, W).")
+    if args.slices is None:
+        return scans.drawn(count, args.size, rng)
+    hu = scans.hounsfield(args.slices, count)["hu"]
     chosen = rng.permutation(len(hu))[:count]
     return jb.data.hu_to_density(hu[chosen].astype(np.float32)), None, args.pixel_mm
-
-
-def measured(A, images, phantoms, photons: float, rng):
-    """Sinograms with photon noise: analytic for drawn phantoms, else of the images themselves."""
-    if phantoms is None:
-        exact = np.asarray(A(jnp.asarray(images)))
-    else:
-        geometry = {"detector_size": A.detector_size}
-        exact = np.stack([jb.data.parallel_sinogram(p, A.angles, A.n_detectors, **geometry) for p in phantoms])
-    return jb.data.poisson_transmission(rng, np.asarray(exact, np.float32), photons)
 
 
 def psnr_loss(params, x, data):
@@ -71,11 +54,8 @@ def main(argv=None):
 
     rng = np.random.default_rng(args.seed)
     images, phantoms, pixel = slices_of(args, rng)
-    height, width = images.shape[1:]
-    angles = np.pi * np.arange(args.views) / args.views
-    detectors = int(np.ceil(np.hypot(height, width))) + 1
-    A = jb.operators.ParallelBeam((height, width), angles, detectors, pixel_size=pixel, detector_size=pixel)
-    sinograms = jnp.asarray(measured(A, images, phantoms, args.photons, rng))
+    A = scans.geometry(images.shape[1:], args.views, pixel)
+    sinograms = scans.measured(A, images, phantoms, args.photons, rng)
 
     norm = A.norm()
     problem = jb.variational((1 / norm) * A, TV)
@@ -94,7 +74,7 @@ def main(argv=None):
     rows = {f"FBP, {name}": A.fbp(sinograms[args.train :], name) for name in ("ram-lak", "hann")}
     rows["TV, learned"] = pictures.reconstruct(problem, result.params, test)
     rows = {name: np.asarray(found) for name, found in rows.items()}
-    pictures.report(args, test["x"], rows, name="ct.png", window=WINDOW, data_range=2.0)
+    pictures.report(args, test["x"], rows, name="ct.png", window=scans.WINDOW, data_range=2.0)
 
 
 if __name__ == "__main__":

@@ -36,4 +36,5 @@ from jbilevel.results import check as check
 from jbilevel.saddle import SaddleProblem as SaddleProblem
 from jbilevel.solvers import solve as solve
 from jbilevel.sparse import WeightedL1Problem as WeightedL1Problem
+from jbilevel.validation import Validation as Validation
 from jbilevel.variational import variational as variational

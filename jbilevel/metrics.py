@@ -1,4 +1,4 @@
-"""Image quality: PSNR and SSIM as functions of JAX arrays, so that they can be reported, jitted and differentiated."""
+"""Quality of images (PSNR, SSIM, differentiable) and of segmentations (Dice, IoU), as functions of JAX arrays."""
 
 from __future__ import annotations
 
@@ -125,6 +125,74 @@ def ssim(x, reference, data_range=1.0, *, channel_axis=None):
     c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
     luminance = (2 * mean_x * mean_r + c1) / (mean_x**2 + mean_r**2 + c1)
     return jnp.mean(luminance * ((2 * covariance + c2) / (variances + c2)))
+
+
+def dice(
+    prediction, labels, n_classes: int, *, ignore: int | None = None, background: bool = True, pooled: bool = False
+):
+    """Dice coefficient of labels, 2 |P ∩ T| / (|P| + |T|), mean over the classes and over the images.
+
+    Per image, a class that is neither in the labels nor in the prediction is left out, and one that is in one of them
+    only counts 0; an image without any class to count has 1. Pooled, the pixels of all images count as one image,
+    which is what data sets with a public ranking report; large objects then weigh more.
+
+    Args:
+        prediction, labels: integers (n, ...), such as ``jnp.argmax(logits, -1)``.
+        n_classes: labels are 0, ..., n_classes - 1; others in ``prediction`` agree with nothing.
+        ignore: a label whose pixels do not count.
+        background: count the class 0 as well; False for "lesion or not".
+        pooled: one coefficient for all images.
+
+    Raises:
+        ValueError: the shapes differ, or there is no class to count. TypeError: something is not integer.
+
+    >>> labels, prediction = jnp.array([[0, 1, 1], [0, 0, 0]]), jnp.array([[0, 1, 0], [0, 0, 0]])
+    >>> print(round(float(dice(prediction, labels, 2)), 4))  # ((2/3 + 2/3)/2 + 1)/2
+    0.8333
+    """
+    inside, total = _label_overlaps(prediction, labels, n_classes, ignore, background, pooled)
+    return _mean_score(2 * inside, total)
+
+
+def iou(
+    prediction, labels, n_classes: int, *, ignore: int | None = None, background: bool = True, pooled: bool = False
+):
+    """Intersection over union |P ∩ T| / |P ∪ T| (Jaccard), with the conventions of :func:`dice`.
+
+    >>> labels, prediction = jnp.array([[0, 1, 1], [0, 0, 0]]), jnp.array([[0, 1, 0], [0, 0, 0]])
+    >>> print(iou(prediction, labels, 2), iou(prediction, labels, 2, pooled=True))
+    0.75 0.65
+    """
+    inside, total = _label_overlaps(prediction, labels, n_classes, ignore, background, pooled)
+    return _mean_score(inside, total - inside)
+
+
+def _label_overlaps(prediction, labels, n_classes, ignore, background, pooled):
+    """|P ∩ T| and |P| + |T|, (images or 1, classes)."""
+    prediction, labels = jnp.asarray(prediction), jnp.asarray(labels)
+    if prediction.shape != labels.shape or labels.ndim < 2:
+        raise ValueError(f"`prediction` {prediction.shape} and `labels` {labels.shape} must both be (n, ...).")
+    for name, v in (("prediction", prediction), ("labels", labels)):
+        if not (jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == bool):
+            raise TypeError(f"`{name}` must be integers, got {v.dtype}: take the argmax of logits.")
+    classes = range(0 if background else 1, n_classes)
+    if not classes:
+        raise ValueError(f"`n_classes` {n_classes} leaves no class to count.")
+    valid = True if ignore is None else labels != ignore
+    axis = None if pooled else tuple(range(1, labels.ndim))
+    sums = [
+        (jnp.sum(p & t, axis), jnp.sum(p, axis) + jnp.sum(t, axis))
+        for p, t in (((prediction == c) & valid, (labels == c) & valid) for c in classes)
+    ]
+    inside, total = (jnp.atleast_1d(jnp.stack(v, axis=-1)).astype(float) for v in zip(*sums, strict=True))
+    return inside.reshape(-1, len(classes)), total.reshape(-1, len(classes))
+
+
+def _mean_score(above, below):
+    seen = below > 0
+    score = jnp.sum(jnp.where(seen, above / jnp.where(seen, below, 1.0), 0.0), axis=1)
+    count = jnp.sum(seen, axis=1)
+    return jnp.mean(jnp.where(count > 0, score / jnp.maximum(count, 1), 1.0))
 
 
 def _gaussian_means(images):

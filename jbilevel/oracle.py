@@ -78,6 +78,7 @@ class BatchOracle:
     """
 
     direct = False
+    exact = False  # whether results do not depend on the tolerances
 
     in_axes: Any  # sample axes of the batch, as for jax.vmap
     on_failure: str  # "nan": one bad sample makes the mean NaN; "drop": it leaves the mean

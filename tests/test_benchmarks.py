@@ -26,7 +26,6 @@ from benchmarks import (  # noqa: E402
     tv,
 )
 
-PAPER_3 = ("paper3_tv_discretisation", "paper3_tv_descent", "paper3_ct")
 SCRIPTS = (
     "hypergradients",
     "errors",
@@ -35,15 +34,22 @@ SCRIPTS = (
     "regularizers",
     "ct",
     "saddle_errors",
+    "sparse",
+    "learned_reconstruction",
     "papers/ridge",
+    "papers/paper1_ct",
+    "papers/paper1_joint",
     "papers/paper2_foe",
-    *(f"papers/{name}" for name in PAPER_3),
+    "papers/paper3_tv_discretisation",
+    "papers/paper3_tv_descent",
+    "papers/paper3_ct",
     "papers/paper4_tables",
     "papers/paper4_wavelets",
-    "sparse",
 )
-# measured in single precision
-SINGLE = {"projectors", *(f"papers/{name}" for name in ("ridge", "paper2_foe", *PAPER_3, "paper4_wavelets"))}
+# measured in double precision
+DOUBLE = {
+    "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "papers/paper4_tables",
+}  # fmt: skip
 QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
@@ -83,6 +89,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     for name in SCRIPTS:
         assert f"python benchmarks/{name}.py --quick" in page
     assert "times faster" in page and "violations" in page and "Against plain Newton-CG" in page
+    assert "LPD over the best filter" in page and "under the ceiling" in page and "of unrolled; criterion" in page
     assert "| FP 32² × 10, batch 2 | pure JAX |" in page
     distances = [row["figures"].get("distance", 0.0) for row in rows["projectors"]]
     assert max(distances) < 1e-5
@@ -95,7 +102,7 @@ def check_row(row, name, folder):
     assert set(row) >= FIELDS
     assert row["benchmark"] == Path(name).name and row["command"].startswith(f"python benchmarks/{name}.py --quick")
     assert row["versions"]["jax"] == jax.__version__
-    assert row["x64"] is (name not in SINGLE)
+    assert row["x64"] is (row["case"].get("dtype", "float64" if name in DOUBLE else "float32") == "float64")
     text = json.dumps(row)
     assert str(ROOT) not in text and str(folder) not in text and os.uname().nodename not in text
 

@@ -20,7 +20,7 @@ ROWS = (
     ("solvers",),
     ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "saddle_system", "unroll"),
     ("first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
-    ("fit", "parallel"),
+    ("fit", "parallel", "validation"),
     ("dfols",),  # its package owns the loop, so it comes after ours
     ("cli",),
 )

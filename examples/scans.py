@@ -34,14 +34,14 @@ def lesions(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray, list, f
 
 
 def with_lesions(phantom, rng):
-    """One or two lesions on opposite sides of the liver's larger lobe, 40 to 100 HU below it."""
+    """One or two lesions on opposite sides of the liver's larger lobe, 80 to 160 HU below it: darker than most."""
     liver = phantom.ellipses[phantom.labels.index(LIVER)]
     first, added = rng.uniform(0, 2 * np.pi), []
     for n in range(rng.integers(1, 3)):
         phi, r = first + n * np.pi, 0.5
         x, y = from_unit_disc(liver, r * np.cos(phi), r * np.sin(phi))
-        a = rng.uniform(0.33, 0.45) * min(liver.a, liver.b)
-        b, angle, value = a * rng.uniform(0.8, 1), rng.uniform(0, np.pi), -rng.uniform(0.04, 0.1)
+        a = rng.uniform(0.38, 0.49) * min(liver.a, liver.b)
+        b, angle, value = a * rng.uniform(0.8, 1), rng.uniform(0, np.pi), -rng.uniform(0.08, 0.16)
         added.append(jb.data.Ellipse(x, y, a, b, angle, value))
     return phantom._replace(ellipses=[*phantom.ellipses, *added], labels=[*phantom.labels, *[LESION] * len(added)])
 

@@ -230,7 +230,7 @@ def main(argv=None) -> None:
         for row, weight, scaling, found, cost in pipelines(args, data, seed):
             case = {"data": name, "row": row, "weight": weight, "scaling": scaling, "seed": seed}
             measured = recorder.add(case, cost | figures(found, data.test))["figures"]
-            print(seed, row, weight, scaling, {k: measured[k] for k in ("pooled_dice", "psnr")}, flush=True)
+            print(seed, row, weight, scaling, {k: measured.get(k) for k in ("pooled_dice", "psnr")}, flush=True)
             recorder.write()
     print(render(recorder.rows))
 

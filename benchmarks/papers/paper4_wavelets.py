@@ -222,7 +222,7 @@ def render(rows: Sequence[dict]) -> str:
         f"{options['sizes'][0]} x {options['sizes'][0]} pixels, db2 wavelets of {options['levels']} levels, "
         f"alpha = {RIDGE:g}, {options['dtype'][0]}. Mean PSNR; gains are over the one weight of all coefficients "
         "that is best on the test photographs; one weight of the details leaves the low-pass band free. Scalar "
-        f"weights are the best of {len(GRID)}, ratio {GRID[0] / GRID[1]:.2f}; test photographs occur with as many "
+        f"weights are the best of a grid from {GRID[-1]:g} to {GRID[0]:g}; test photographs occur with as many "
         "draws of noise as give the number of training photographs.\n"
     ]
     for damage in complete(rows):

@@ -209,6 +209,12 @@ def measure(args, recorder: common.Recorder) -> None:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
+def complete(rows: Sequence[dict]) -> list[str]:
+    """The damages whose rows are all there; an interrupted run leaves some out."""
+    return [row["case"]["damage"] for row in rows
+            if row["case"]["weights"] == "subbands" and row["case"]["learned_on"] == "oracle"]  # fmt: skip
+
+
 def render(rows: Sequence[dict]) -> str:
     options = rows[0]["settings"]
     parts = [
@@ -216,10 +222,10 @@ def render(rows: Sequence[dict]) -> str:
         f"{options['sizes'][0]} x {options['sizes'][0]} pixels, db2 wavelets of {options['levels']} levels, "
         f"alpha = {RIDGE:g}, {options['dtype'][0]}. Mean PSNR; gains are over the one weight of all coefficients "
         "that is best on the test photographs; one weight of the details leaves the low-pass band free. Scalar "
-        f"weights are the best of {len(GRID)}, ratio {GRID[0] / GRID[1]:.2f}; test photographs occur with as many "
+        f"weights are the best of a grid from {GRID[-1]:g} to {GRID[0]:g}; test photographs occur with as many "
         "draws of noise as give the number of training photographs.\n"
     ]
-    for damage in dict.fromkeys(row["case"]["damage"] for row in rows):
+    for damage in complete(rows):
         own = {(r["case"]["weights"], r["case"]["learned_on"]): r["figures"] for r in rows
                if r["case"]["damage"] == damage}  # fmt: skip
         base = np.array(own["one", "oracle"]["test"])
@@ -232,9 +238,7 @@ def render(rows: Sequence[dict]) -> str:
                 common.whole(figures["seconds"]),
             ])  # fmt: skip
         header = ["weights", "training PSNR", "test PSNR", "gain", "least image", "steps", "s"]
-        parts += [f"### {DAMAGES[damage].shown.capitalize()}\n", common.table(header, lines)]
-        if ("subbands", "oracle") in own:
-            parts.append(_verdict(own))
+        parts += [f"### {DAMAGES[damage].shown.capitalize()}\n", common.table(header, lines), _verdict(own)]
     parts.append("![restored photographs](figures/paper4_wavelets.png)\n")
     return "\n".join(parts)
 
@@ -257,9 +261,9 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
 
     options = rows[0]["settings"]
     size, levels = options["sizes"][0], options["levels"]
-    if options["images"] is not None or size < 64:
+    if options["images"] is not None or size < 64 or not complete(rows):
         return
-    damages = list(dict.fromkeys(row["case"]["damage"] for row in rows))
+    damages = complete(rows)
     kinds = {"one": "one weight", "subbands": "subband weights"}
     figure = Figure(figsize=(8.4, 2.25 * len(damages)), layout="constrained")
     panels = figure.subplots(len(damages), 4, squeeze=False)

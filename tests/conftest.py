@@ -35,3 +35,11 @@ def camera64() -> Photograph:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Every compiled program holds memory maps, of which a process has a limited number: a worker that keeps the
+    programs of all test files runs out of them, and the compiler crashes."""
+    yield
+    jax.clear_caches()

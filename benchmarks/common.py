@@ -68,6 +68,9 @@ def parser(description: str, *, defaults: Mapping[str, Any], quick: Mapping[str,
     options.add_argument("--seed", type=int, help="seed of noise, crops and order (default: 0)")
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes: checks that it runs")
     options.add_argument("--out", metavar="FILE", help="JSON lines (default: benchmarks/results/NAME.jsonl)")
+    options.add_argument(
+        "--keep", action="store_true", help="keep earlier rows of cases that this run does not measure"
+    )
     common = {"device": "cpu", "dtype": ["float64"], "repeats": 9, "seed": 0}
     options.set_defaults(_defaults={**common, **defaults}, _quick=dict(quick))
     return options
@@ -240,13 +243,14 @@ def all_times(figures: Mapping[str, Any]) -> list[float]:
 class Recorder:
     """Collects the rows of one run of a benchmark and writes them as JSON lines.
 
-    `write` replaces the rows that an earlier run left for the same benchmark and device, and may be called after every
-    case, so that an interrupted run keeps what it has measured.
+    `write` replaces the rows that an earlier run left for the same benchmark and device (with ``--keep`` those of the
+    same cases only), and may be called after every case, so that an interrupted run keeps what it has measured.
     """
 
     def __init__(self, benchmark: str, args: argparse.Namespace, script: str | None = None):
         self.path = Path(args.out) if args.out else RESULTS / f"{benchmark}.jsonl"
         self.rows: list[dict] = []
+        self.keep = args.keep
         self.common = {
             "benchmark": benchmark,
             "command": shlex.join(["python", script or f"benchmarks/{benchmark}.py", *args.argv]),
@@ -256,7 +260,7 @@ class Recorder:
             "versions": versions(),
             **machine(),
         }
-        left_out = {"argv", "out", "seed", "device"}
+        left_out = {"argv", "out", "keep", "seed", "device"}
         self.options = {
             k: _without_machine_path(v) if isinstance(v, str) else v for k, v in vars(args).items() if k not in left_out
         }
@@ -279,13 +283,34 @@ class Recorder:
         return row
 
     def write(self) -> None:
-        key = _device(self.common)
+        measured = [row["case"] for row in self.rows]
         old = read_rows(self.path) if self.path.exists() else []
-        kept = [row for row in old if (row["benchmark"], _device(row)) != (self.common["benchmark"], key)]
+        kept = [
+            row
+            for row in old
+            if (row["benchmark"], _device(row)) != (self.common["benchmark"], _device(self.common))
+            or (self.keep and row["case"] not in measured)
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept + self.rows), encoding="utf-8")
         draft.replace(self.path)
+
+
+def run(script: str, options: argparse.ArgumentParser, measure, render, figures=None, argv=None) -> None:
+    """All of a script that measures in one precision: ``measure(args, recorder)``, print its section, draw its figures.
+
+    ``script`` is the path below benchmarks/, without .py. Rows that went elsewhere (``--out``) are not drawn.
+    """
+    args = parse(options, argv)
+    recorder = Recorder(Path(script).name, args, script=f"benchmarks/{script}.py")
+    with precision(args.dtype[0]):
+        measure(args, recorder)
+        recorder.write()
+        rows = [row for row in read_rows(recorder.path) if _device(row) == _device(recorder.common)]
+        print(render(rows))
+        if figures is not None and args.out is None:
+            figures(rows, FIGURES)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -308,6 +333,18 @@ def _plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value
+
+
+def as_lists(params: Any) -> Any:
+    """Params as lists for JSON, with seven decimals."""
+    return jax.tree.map(lambda leaf: np.round(np.asarray(leaf, np.float64), 7).tolist(), params)
+
+
+def as_arrays(params: Any) -> Any:
+    """Params that `as_lists` wrote, in the default floating type."""
+    return jax.tree.map(
+        lambda leaf: jax.numpy.asarray(leaf, float), params, is_leaf=lambda leaf: isinstance(leaf, list)
+    )
 
 
 def number(value) -> float:

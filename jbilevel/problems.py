@@ -172,13 +172,19 @@ class SmoothProblem:
 
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
-        validate_arrays(params, "params")
-        validate_arrays(data, "data")
-        start = jax.eval_shape(self.start, params, data)
-        if x0 is not None:
-            same_shapes(x0, start)
+        start = start_shapes(self, params, data, x0)
         no_closed_over_tracer("energy", self.energy, params, start, data)
         trace_scalar(self.energy, "energy", params, start, data)
+
+
+def start_shapes(problem, params, data, x0=None):
+    """Shapes of the cold start, after the checks of arguments that all problems share; ``x0`` must have them too."""
+    validate_arrays(params, "params")
+    validate_arrays(data, "data")
+    start = jax.eval_shape(problem.start, params, data)
+    if x0 is not None:
+        same_shapes(x0, start)
+    return start
 
 
 def as_start(x0):

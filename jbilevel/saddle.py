@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jbilevel import prox, trees
 from jbilevel.constants import SaddleConstants
-from jbilevel.problems import as_start, no_closed_over_tracer, require_hashable, same_shapes, validate_arrays
+from jbilevel.problems import as_start, no_closed_over_tracer, require_hashable, start_shapes, validate_arrays
 
 # a power iteration bounds a norm from below: so many steps from a random vector, then this factor
 POWER_STEPS, POWER_SAFETY = 30, 1.05
@@ -205,12 +205,7 @@ class SaddleProblem:
 
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
-        validate_arrays(params, "params")
-        validate_arrays(data, "data")
-        start = jax.eval_shape(self.start, params, data)
-        if x0 is not None:
-            same_shapes(x0, start)
-        x, y = start
+        x, y = start = start_shapes(self, params, data, x0)
         step = jax.ShapeDtypeStruct((), trees.dtype(start))
         t, s = (step, step) if self.scaling is None else jax.eval_shape(self.scaling, params, data)
         calls = {

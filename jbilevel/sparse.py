@@ -24,7 +24,7 @@ from jbilevel.problems import (
     as_start,
     no_closed_over_tracer,
     require_hashable,
-    same_shapes,
+    start_shapes,
     trace_scalar,
     validate_arrays,
 )
@@ -340,11 +340,7 @@ class WeightedL1Problem:
 
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
-        validate_arrays(params, "params")
-        validate_arrays(data, "data")
-        start = jax.eval_shape(self.start, params, data)
-        if x0 is not None:
-            same_shapes(x0, start)
+        start = start_shapes(self, params, data, x0)
         no_closed_over_tracer("smooth", self.smooth, params, start, data)
         no_closed_over_tracer("weights", self._weights, params)
         trace_scalar(self.smooth, "smooth", params, start, data)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -63,19 +64,20 @@ FIELDS = {
 
 
 def run_quickly(name, folder):
+    """What it printed, where it failed."""
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", *QUICK.get(name, [])]
     command += ["--out", str(folder / f"{Path(name).name}.jsonl")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return f"{name}: {done.stdout}{done.stderr}" if done.returncode else None
 
 
 # one test, so that pytest-xdist runs every benchmark once
 @pytest.mark.slow
 def test_quick_runs_write_complete_rows_and_render(tmp_path):
-    started = {name: run_quickly(name, tmp_path) for name in SCRIPTS}
-    for process in started.values():
-        printed, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, printed.decode()
+    with ThreadPoolExecutor(2) as pool:
+        failed = [text for text in pool.map(lambda name: run_quickly(name, tmp_path), SCRIPTS) if text]
+    assert not failed, "\n".join(failed)
     rows = {name: common.read_rows(tmp_path / f"{Path(name).name}.jsonl") for name in SCRIPTS}
     for name in SCRIPTS:
         assert rows[name]
@@ -145,6 +147,14 @@ def test_a_run_replaces_the_last_one_of_its_benchmark_and_device(tmp_path):
     rows = common.read_rows(recorder.path)
     assert [row["device"]["platform"] for row in rows] == ["gpu", "cpu"]
     assert rows[1]["figures"] == {"ms": 2.0, "bound": "inf", "rate": 0.5}
+
+
+def test_earlier_rows_of_other_cases_are_kept_on_request(tmp_path):
+    for arguments, case, value in (((), "a", 1), ((), "b", 2), (["--keep"], "a", 3), (["--keep"], "b", 4)):
+        recorder = common.Recorder("test", options(tmp_path, *arguments))
+        recorder.add({"row": case}, {"value": value})
+        recorder.write()
+    assert [(r["case"]["row"], r["figures"]["value"]) for r in common.read_rows(recorder.path)] == [("a", 3), ("b", 4)]
 
 
 def test_machine_paths_stay_out_of_the_command(tmp_path):

@@ -126,13 +126,7 @@ def main(argv=None) -> None:
     )
     options.add_argument("--budget", type=int, help="gradient-equivalents per image of each run")
     options.add_argument("--starts", type=int, help="number of starts")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    with common.precision("float64"):
-        measure(args, recorder)
-    print(render(recorder.rows))
-    if args.out is None:
-        figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

@@ -183,13 +183,7 @@ def main(argv=None) -> None:
     options.add_argument("--filters", type=int, help="number of filters")
     options.add_argument("--filter-size", type=int, help="their side in pixels")
     options.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="of HOAG")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    with common.precision(args.dtype[0]):
-        measure(args, recorder)
-    print(render(recorder.rows))
-    if args.out is None:
-        figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ every learned energy is minimised to the same accuracy on the test slices. Full 
 
 from __future__ import annotations
 
-import base64
 import math
 import sys
 import time
@@ -30,11 +29,13 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
+from benchmarks.papers import paper3_ct_page as page
 from jbilevel.operators.fbp import WINDOWS
 from jbilevel.variational import image_of
 
 NAME = "paper3_ct"
 TITLE = "Paper 3: computed tomography with learned convex regularisers"
+PARTS = ("classical", "maid", "experts", "network", "adversarial", "compared")
 WIDTH = 256.0  # of a slice, so that line integrals are those of the paper
 TV = jb.regularizers.TV()
 # responses of 0 beyond the border, which is air; psi_w with the paper's w
@@ -76,7 +77,6 @@ TIGHT = 1e-4  # of what is judged: residual of TV's saddle point, gradient norm 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (1, 2), (2, 1))
 GRID = tuple(1.3**k for k in range(-3, 4))
 TV_WEIGHT, FOE_WEIGHT = 1e-3, 3e-3  # middles of the grids
-ORDER = (("FBP, ram-lak", "TV"), ("TV", "FoE"), ("FoE", "ICNN, bilevel"), ("ICNN, adversarial", "ICNN, bilevel"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -162,16 +162,6 @@ def best_weight(judge: Judge, params_of: Callable, weights: Sequence[float], sca
     return float(weights[int(np.argmax(found))]), found
 
 
-def encoded(image) -> str:
-    """A picture in a JSON line: bytes of grey values."""
-    return base64.b64encode(np.round(255 * np.clip(image, 0, 1)).astype(np.uint8).tobytes()).decode()
-
-
-def decoded(text: str) -> np.ndarray:
-    pixels = np.frombuffer(base64.b64decode(text), np.uint8)
-    return pixels.reshape(2 * (math.isqrt(pixels.size),))
-
-
 class Best:
     """Callback of `fit`: keeps the parameters that are best on the validation slices, and stops the clock."""
 
@@ -243,7 +233,7 @@ class Experiment:
 
     def row(self, name: str, reconstruct: Callable, figures: dict) -> None:
         found = quality(reconstruct(self.scans.test), self.scans.test)
-        picture = encoded(reconstruct(self.scans.shown)[0])
+        picture = page.encoded(reconstruct(self.scans.shown)[0])
         self.recorder.add({"method": name}, found | figures | {"picture": picture})
         self.recorder.write()
         print(f"{name}: {found['psnr'].mean():.3f} dB, {found['ssim'].mean():.3f}", flush=True)
@@ -264,10 +254,9 @@ class Experiment:
         weight, curve = best_weight(self.judges[R], params_of, middle * np.array(GRID), self.scans.train)
         return params_of(weight), {"start": weight, "grid": curve}
 
-    def adam(self, R, projection=None):
+    def adam(self, R, rate: float, projection=None):
         oracle = jb.implicit.Oracle(self.smooth[R], jb.losses.squared_error(), estimate=False)
-        rate = optax.adam(self.args.rate)
-        return jb.FirstOrder(oracle, rate, tol=LOOSE, adjoint_tol=LOOSE, projection=projection)
+        return jb.FirstOrder(oracle, optax.adam(rate), tol=LOOSE, adjoint_tol=LOOSE, projection=projection)
 
     def maid(self, R):
         return jb.MAID(jb.piggyback.Oracle(self.saddle[R], jb.losses.squared_error(part=0), solver=SOLVER))
@@ -283,9 +272,9 @@ class Experiment:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(start)), "steps": result.steps,
             "seconds": best.spent, "work": result.work / len(self.scans.train["x"]), "validation": best.value,
             "curve": best.curve, "losses": result.history["value"], "message": result.message,
+            "params": common.as_lists(best.params),
         }  # fmt: skip
         self.row(name, partial(self.judges[R], best.params), figures)
-        return best.params
 
     def adversarial(self) -> None:
         """Adam on `jb.losses.Adversarial` to the plateau of the validation slices, each time at its best weight."""
@@ -307,7 +296,7 @@ class Experiment:
 
         start = ICNN.inner.init(jax.random.key(args.seed), weight=0.1, dtype=jnp.float32)
         oracle = jb.explicit.Oracle(jb.losses.Adversarial(ICNN))
-        method = jb.FirstOrder(oracle, optax.adam(0.1 * args.rate), projection=nonnegative)
+        method = jb.FirstOrder(oracle, optax.adam(args.network_rate), projection=nonnegative)
         best = Best(self.judges[ICNN], scans.validation, args.seconds, args.adversarial // 10, 4, weighted)
         print("ICNN, adversarial", flush=True)
         best.look(0, start)
@@ -366,103 +355,45 @@ class Experiment:
         self.recorder.write()
 
 
+def learned_experts(recorder):
+    """Params of the row that this run or, with ``--keep``, an earlier one wrote."""
+    rows = common.read_rows(recorder.path) if recorder.path.exists() else []
+    for row in rows:
+        if row["case"].get("method") == "FoE" and "params" in row["figures"]:
+            return common.as_arrays(row["figures"]["params"])
+    raise SystemExit("--parts network starts from the experts: add the part experts, or --keep to the run after one")
+
+
 def measure(args, recorder) -> None:
+    recorder.options["data"] = args.data and Path(args.data).stem
     scans = load(args)
     experiment = Experiment(args, recorder, scans)
-    recorder.add({"picture": "ground truth"}, {"picture": encoded(scans.shown["x"][0])})
-    experiment.classical()
-    key, share = jax.random.key(args.seed), args.seconds / 2
-    first, chosen = experiment.scaled(FOE, partial(foe_start, key), FOE_WEIGHT)
-    experiment.learned("FoE, MAID on piggyback", FOE, first, experiment.maid(FOE), share / 2, chosen=chosen)
-    foe = experiment.learned("FoE", FOE, first, experiment.adam(FOE), share, chosen=chosen)
-    near = icnn_from(foe)
-    scale = lambda w: near | {"log_weight": near["log_weight"] + math.log(w)}  # noqa: E731
-    start, chosen = experiment.scaled(ICNN, scale, 1.0)
-    experiment.learned("ICNN, bilevel", ICNN, start, experiment.adam(ICNN, nonnegative), args.seconds, chosen=chosen)
-    experiment.adversarial()
-    experiment.hypergradients(first)
-    experiment.solvers(FOE, first)
-    experiment.solvers(ICNN, start)
+    parts, share = set(args.parts), args.seconds / 2
+    if "classical" in parts:
+        recorder.add({"picture": "ground truth"}, {"picture": page.encoded(scans.shown["x"][0])})
+        experiment.classical()
+    if parts & {"maid", "experts", "compared"}:
+        first, chosen = experiment.scaled(FOE, partial(foe_start, jax.random.key(args.seed)), FOE_WEIGHT)
+    if "maid" in parts:
+        experiment.learned("FoE, MAID on piggyback", FOE, first, experiment.maid(FOE), share / 2, chosen=chosen)
+    if "experts" in parts:
+        experiment.learned("FoE", FOE, first, experiment.adam(FOE, args.rate), share, chosen=chosen)
+    if parts & {"network", "compared"}:
+        near = icnn_from(learned_experts(recorder))
+        scale = lambda w: near | {"log_weight": near["log_weight"] + math.log(w)}  # noqa: E731
+        start, start_chosen = experiment.scaled(ICNN, scale, 1.0)
+    if "network" in parts:
+        method = experiment.adam(ICNN, args.network_rate, nonnegative)
+        experiment.learned("ICNN, bilevel", ICNN, start, method, args.seconds, chosen=start_chosen)
+    if "adversarial" in parts:
+        experiment.adversarial()
+    if "compared" in parts:
+        experiment.hypergradients(first)
+        experiment.solvers(FOE, first)
+        experiment.solvers(ICNN, start)
 
 
-# ---------------------------------------------------------------------------------------------------------------- page
-
-
-def _methods(rows: Sequence[dict]) -> dict[str, dict]:
-    return {row["case"]["method"]: row["figures"] for row in rows if "method" in row["case"]}
-
-
-def render(rows: Sequence[dict]) -> str:
-    methods, settings = _methods(rows), rows[0]["settings"]
-    base = np.array(methods["TV"]["psnr"])
-    header = ["method", "parameters", "PSNR", "SSIM", "over TV", "of slices", "least slice", "steps", "s"]
-    lines = []
-    for name, found in methods.items():
-        gain = np.array(found["psnr"]) - base
-        lines.append([
-            name, found.get("parameters", "–"), f"{np.mean(found['psnr']):.2f}", f"{np.mean(found['ssim']):.3f}",
-            f"{gain.mean():+.2f}", f"± {gain.std(ddof=1):.2f}", f"{gain.min():+.2f}", found.get("steps", "–"),
-            common.whole(found.get("seconds")),
-        ])  # fmt: skip
-    source = settings["data"] if settings["data"] else "drawn abdomens"
-    intro = (
-        f"{base.size} test slices ({source}) of {settings['sizes'][0]}², {settings['views']} views, noise "
-        f"{settings['noise']:g}, learned from {settings['batch'][0]}; gains are paired by slice.\n"
-    )
-    verdicts = []
-    for worse, better in ORDER:
-        if worse in methods and better in methods:
-            gain = np.array(methods[better]["psnr"]) - np.array(methods[worse]["psnr"])
-            sure = gain.mean() > 2 * gain.std(ddof=1) / math.sqrt(gain.size)  # two standard errors
-            met = "met" if sure else "NOT met"
-            verdicts.append(
-                f"- {worse} < {better}: {gain.mean():+.2f} ± {gain.std(ddof=1):.2f} dB, better on "
-                f"{np.sum(gain > 0)} of {gain.size} slices: {met}.\n"
-            )
-    for row in rows:
-        if "hypergradient" in row["case"]:
-            found = row["figures"]
-            verdicts.append(
-                f"- Hypergradients of FoE at the start by piggyback ({common.rounded(found['seconds_piggyback'])} s) "
-                f"and implicit differentiation ({common.rounded(found['seconds_implicit'])} s) differ by "
-                f"{common.scientific(found['difference'])}.\n"
-            )
-    scan = [
-        [
-            row["case"]["solver"], f"{row['case']['ratio']:g}",
-            row["figures"]["steps"] if row["figures"]["converged"] else f"> {row['figures']['steps']}",
-            common.scientific(row["figures"]["distance"]), common.rounded(row["figures"]["ms"], 2),
-        ]
-        for row in rows
-        if "solver" in row["case"]
-    ]  # fmt: skip
-    parts = [intro, common.table(header, lines), "".join(verdicts)]
-    parts.append("![Reconstructions of a drawn slice](figures/paper3_ct.png)\n")
-    if scan:
-        parts.append("Iterations of PDHG to a residual of 1e-3 by the balance of its steps:\n")
-        parts.append(
-            common.table(["regulariser", "ratio", "iterations", "distance", "ms per iteration and slice"], scan)
-        )
-    return "\n".join(parts)
-
-
-def figures(rows: Sequence[dict], folder: Path) -> None:
-    from matplotlib.figure import Figure
-
-    shown = {row["case"].get("method", row["case"].get("picture")): row for row in rows if "picture" in row["figures"]}
-    pictures = {name: decoded(row["figures"]["picture"]) for name, row in shown.items()}
-    truth, size = pictures["ground truth"] / 255, len(pictures["ground truth"])
-    zoom = slice(int(0.38 * size), int(0.62 * size) + 1), slice(int(0.50 * size), int(0.74 * size) + 1)
-    figure = Figure(figsize=(1.75 * len(pictures), 3.9), layout="constrained")
-    axes = figure.subplots(2, len(pictures))
-    for (whole, part), (name, picture) in zip(axes.T, pictures.items(), strict=True):
-        psnr = 10 * np.log10(1 / max(np.mean((picture / 255 - truth) ** 2), 1e-12))
-        whole.set_title(name if name == "ground truth" else f"{name}\n{psnr:.2f} dB", fontsize=8)
-        for axis, pixels in ((whole, picture), (part, picture[zoom])):
-            axis.imshow(pixels, cmap="gray", vmin=0.5 * 255, vmax=0.95 * 255, interpolation="nearest")
-            axis.axis("off")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper3_ct.png", dpi=100)
+render, figures = page.render, page.figures
 
 
 def main(argv=None) -> None:
@@ -470,8 +401,8 @@ def main(argv=None) -> None:
         __doc__,
         defaults={
             "dtype": ["float32"], "sizes": [64], "batch": [16], "validation": 8, "test": 16, "views": 25, "noise": 2.0,
-            "seconds": 300.0, "every": 10, "patience": 12, "adversarial": 1000, "rate": 1e-2, "limit": 1000,
-            "ratios": (1.0, 3.0, 10.0, 30.0),
+            "seconds": 300.0, "every": 10, "patience": 12, "adversarial": 1000, "rate": 1e-2, "network_rate": 1e-3,
+            "limit": 1000, "ratios": (1.0, 3.0, 10.0, 30.0), "parts": PARTS,
         },
         quick={
             "sizes": [16], "batch": [2], "validation": 1, "test": 2, "views": 10, "seconds": 0.1, "every": 1,
@@ -487,17 +418,12 @@ def main(argv=None) -> None:
     options.add_argument("--every", type=int, help="steps between validations")
     options.add_argument("--patience", type=int, help="validations without a better one before stopping")
     options.add_argument("--adversarial", type=int, help="Adam steps of the adversarial network at most")
-    options.add_argument("--rate", type=float, help="of Adam; a tenth of it for the adversarial network")
+    options.add_argument("--rate", type=float, help="of Adam for the experts")
+    options.add_argument("--network-rate", type=float, help="of Adam for the two networks")
+    options.add_argument("--parts", nargs="+", choices=PARTS, help="rows to measure; with --keep beside earlier ones")
     options.add_argument("--limit", type=int, help="of iterations in the scan of steps")
     options.add_argument("--ratios", nargs="+", type=float, help="of steps in that scan")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    recorder.options["data"] = args.data and Path(args.data).stem
-    with common.precision(args.dtype[0]):
-        measure(args, recorder)
-    print(render(recorder.rows))
-    if args.out is None:
-        figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

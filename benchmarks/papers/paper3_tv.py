@@ -57,10 +57,17 @@ def problem(regularizer):
     return jb.variational(None, regularizer, form="saddle")
 
 
-def piggyback(regularizer, **options) -> jb.piggyback.Oracle:
+def negative_psnr(params, pair, data):
+    """-PSNR / 10 of the image in a saddle point: what is judged is a mean of decibels, to which smooth images, whose
+    squared errors are small, give as much as others."""
+    return jnp.log10(jnp.mean((image_of(pair) - data["x"]) ** 2))
+
+
+def piggyback(regularizer, loss=None, **options) -> jb.piggyback.Oracle:
+    """The loss is half the squared error unless it is given."""
     part = (0, 0) if isinstance(regularizer, jb.regularizers.LearnedTV) else 0
-    loss = LOSS if part == (0, 0) else jb.losses.squared_error(part=part)
-    return jb.piggyback.Oracle(problem(regularizer), loss, **options)
+    squared = LOSS if part == (0, 0) else jb.losses.squared_error(part=part)
+    return jb.piggyback.Oracle(problem(regularizer), loss or squared, **options)
 
 
 def pictures(folder: str | None) -> tuple:
@@ -98,15 +105,6 @@ def psnr(images, batch) -> np.ndarray:
 def quality(regularizer, params, batch, **options) -> np.ndarray:
     """PSNR of each reconstruction of a batch."""
     return psnr(denoised(regularizer, params, batch["y"], **options), batch)
-
-
-def plain(params) -> dict:
-    """Params as lists for JSON, seven digits."""
-    return jax.tree.map(lambda leaf: np.round(np.asarray(leaf, np.float64), 7).tolist(), params)
-
-
-def arrays(params: dict) -> dict:
-    return jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), params, is_leaf=lambda leaf: isinstance(leaf, list))
 
 
 def photograph(size: int = 128) -> tuple[np.ndarray, jax.Array]:

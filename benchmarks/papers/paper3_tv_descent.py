@@ -180,7 +180,7 @@ def oscillation(args, recorder, traces, exact, test) -> None:
         quality = shared.quality(MODELS[case["model"]], params, test)
         figures = {
             "work": run_.work[step], "loss": exact(params), "psnr": quality.mean(), "psnrs": np.round(quality, 3),
-            "params": shared.plain(params),
+            "params": common.as_lists(params),
         }  # fmt: skip
         recorder.add(case | {"method": "point", "point": point}, figures)
         recorder.write()
@@ -285,7 +285,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         clean, noisy = shared.photograph()
         shown = {"clean": clean}
         for name, row in points.items():
-            params = shared.arrays(row["figures"]["params"])
+            params = common.as_arrays(row["figures"]["params"])
             title = name if name == "MAID" else f"{name} point"
             shown[title] = shared.denoised(MODELS["exact"], params, noisy[None], residual=1e-4)[0]
         figure = Figure(figsize=(2.2 * len(shown), 4.8), layout="constrained")
@@ -318,13 +318,7 @@ def main(argv=None) -> None:
     options.add_argument("--alphas", nargs="+", type=float, help="first (MAID) or fixed steps")
     options.add_argument("--models", nargs="+", choices=MODELS, help="total variation as in the paper, or curved")
     options.add_argument("--rates", nargs="+", type=float, help="of Adam")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    with common.precision(args.dtype[0]):
-        measure(args, recorder)
-        print(render(recorder.rows))
-        if args.out is None:
-            figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ FIGURES = ("val", "test", "loss", "support", "recovered", "steps", "seconds", "u
 
 
 def measure(args, recorder: common.Recorder) -> None:
+    args.methods = [m for m in METHODS if m != "hoag" or m in args.methods]
     for name in args.tables:
         rows = [row for row in ROWS[name] if row[0] in args.n]
         for row in rows[: args.rows]:
@@ -335,14 +336,7 @@ def main(argv=None) -> None:
     options.add_argument("--scalar-steps", type=int, help="outer steps of the one weight")
     options.add_argument("--tol", type=float, help="of lower-level solutions and adjoints")
     options.add_argument("--methods", nargs="+", choices=list(METHODS), help="grid, gp, scalar and weighted always run")
-    args = common.parse(options, argv)
-    args.methods = [m for m in METHODS if m != "hoag" or m in args.methods]
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    with common.precision("float64"):
-        measure(args, recorder)
-    print(render(recorder.rows))
-    if args.out is None:
-        figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

@@ -306,13 +306,7 @@ def main(argv=None) -> None:
     options.add_argument("--levels", type=int, help="of the wavelet transform")
     options.add_argument("--steps", type=int, help="outer steps of subband weights")
     options.add_argument("--coefficient-steps", type=int, help="outer steps of weights of all coefficients")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
-    with common.precision(args.dtype[0]):
-        measure(args, recorder)
-    print(render(recorder.rows))
-    if args.out is None:
-        figures(recorder.rows, common.FIGURES)
+    common.run(f"papers/{NAME}", options, measure, render, figures, argv)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,11 @@ class Recorder:
         self.rows.append(row)
         return row
 
+    def kept(self, case: Mapping[str, Any]) -> bool:
+        """Whether an earlier run measured this case and ``--keep`` spares doing it again."""
+        old = read_rows(self.path) if self.keep and self.path.exists() else []
+        return any(_device(row) == _device(self.common) and row["case"] == _plain(case) for row in old)
+
     def write(self) -> None:
         measured = [row["case"] for row in self.rows]
         old = read_rows(self.path) if self.path.exists() else []

@@ -219,6 +219,9 @@ def measure(args, recorder: common.Recorder) -> None:
     for name in args.tables:
         rows = [row for row in ROWS[name] if row[0] in args.n]
         for row in rows[: args.rows]:
+            case = dict(zip(("table", "n", "m", "nz"), (name, *row), strict=True))
+            if recorder.kept(case):
+                continue
             draws = [compare(name, row, args.seed + k, args) for k in range(args.draws)]
             figures = {m: {key: [d[m][key] for d in draws] for key in FIGURES} for m in args.methods}
             if name == "regression" and row in SIGNALS:
@@ -228,7 +231,7 @@ def measure(args, recorder: common.Recorder) -> None:
                     **{m: np.round(shown[m]["y"], 4) for m in shown},
                     **{f"log weights, {m}": np.round(shown[m]["params"], 3) for m in shown},
                 }
-            recorder.add(dict(zip(("table", "n", "m", "nz"), (name, *row), strict=True)), figures)
+            recorder.add(case, figures)
             recorder.write()
             means = {m: round(float(np.mean(figures[m]["test"])), 4) for m in args.methods}
             seconds = {m: round(float(np.mean(figures[m]["seconds"])), 1) for m in args.methods}

@@ -46,6 +46,7 @@ def test_kernels_on_the_cpu_have_exact_transposes(kernel):
     assert distance(A(disc.astype(float)), same) < 0.05  # different models of a pixel, same units
 
 
+@pytest.mark.slow
 @needs_astra
 def test_hypergradients_through_both_agree():
     A, own = Astra(**GEOMETRY, device="cpu"), ParallelBeam(**GEOMETRY)

@@ -92,6 +92,7 @@ def test_estimates_are_the_true_errors(plain):
     assert np.mean(ratios <= 2.0) >= 0.97
 
 
+@pytest.mark.slow
 def test_a_correction_divides_the_error_by_ten_and_never_hides_what_is_left(plain, corrected):
     gains, left = [], []
     for before, after in zip(plain, corrected, strict=True):
@@ -112,6 +113,7 @@ def test_values_are_estimated_within_their_second_order(plain, corrected):
     assert np.median(after[before > 1e-8] / before[before > 1e-8]) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [QUADRATIC, RIDGE], ids=lambda case: case.name)
 @pytest.mark.parametrize("options", [{}, {"correct": True}], ids=str)
 def test_proven_bounds_hold(case, options):
@@ -161,6 +163,7 @@ def test_certificate_by_hand():
     assert float(bound) == pytest.approx(5 * 0.1 * (1 + drift) + 7 * drift)
 
 
+@pytest.mark.slow
 def test_a_step_that_raises_the_energy_and_the_gradient_is_refused():
     """From x = 3 Newton's step on sqrt(1 + x^2) overshoots to -27: x must stay, and the error be admitted."""
     problem = jb.SmoothProblem(lambda p, x, d: jnp.sqrt(1 + (x - p) ** 2), lambda p, d: p + 3.0)

@@ -64,6 +64,7 @@ def walk(method, params, batch, steps):
 
 
 # the upper level of "breast cancer" is flat: with the quadratic schedule the reference too is still 0.08 away
+@pytest.mark.slow
 @pytest.mark.parametrize("name, schedule, steps", [("synthetic", "quadratic", 40), ("breast cancer", "exact", 20)])
 def test_optimal_weight_of_logistic_regression(name, schedule, steps):
     batch, (optimum, value) = classification(name), OPTIMA[name]

@@ -168,6 +168,7 @@ def hessian_by_differences():
     return np.stack([(gradient(POINT + m, Y[0]) - gradient(POINT - m, Y[0])) / 2e-5 for m in moves])
 
 
+@pytest.mark.slow
 def test_gradient_of_gradient_agrees_with_differences_of_the_gradient():
     gradient = coupled()[1]
     weights = jnp.arange(1.0, 5.0)

@@ -207,6 +207,7 @@ def spectra(R, params, shape, count=3):
     return [np.linalg.eigvalsh(dense_hessian(R, params, jnp.asarray(x))) for x in draws]
 
 
+@pytest.mark.slow
 @every_regularizer
 def test_hessian_lies_within_the_proven_bounds(R):
     params = params_of(R)

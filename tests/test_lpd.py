@@ -114,7 +114,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case.startswith(("plain", "subsets,")) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_equals_numpy(case):
     settings, reference = CASES[case]
     net = made(**settings)
@@ -124,6 +127,7 @@ def test_equals_numpy(case):
     assert np.ptp(expected) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["memory, channels", "sketched residual"])
 def test_equals_numpy_in_single_precision(case):
     settings, reference = CASES[case]
@@ -239,6 +243,7 @@ def test_scan_and_remat_equal_the_plain_loop():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found[1], slope)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["sketched residual", *(pytest.param(c, marks=pytest.mark.slow) for c in ("steps, FBP, raw", "sketched operator"))],

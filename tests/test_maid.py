@@ -136,6 +136,7 @@ FILTERS = jb.SmoothProblem(
 # ---- true decrease ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("certified", [True, False])
 def test_exact_value_decreases_at_every_accepted_step_of_tv(batch64, start, certified):
@@ -247,6 +248,7 @@ def test_nonmonotone_variant_stays_below_the_average_of_past_values():
 # ---- convergence and its end -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("tol", [None, 1e1, 1e0, 1e-1, 1e-3, 1e-5])
 def test_tv_converges_from_any_first_accuracy(batch64, start, tol):

@@ -67,6 +67,7 @@ def test_every_accepted_step_descends_and_weighted_beats_scalar(search):
     assert values["weighted"] < 0.8 * values["scalar"]
 
 
+@pytest.mark.slow
 def test_armijo_holds():
     data = regression(40, 60, 1, share=0.1)
     method, batch = jb.NBA(sparse_oracle(), tol=1e-8, adjoint_tol=1e-8), one(data)
@@ -79,6 +80,7 @@ def test_armijo_holds():
         state = after
 
 
+@pytest.mark.slow
 def test_one_compilation_and_no_closed_batch():
     data = regression(20, 15, 2)
     method, batch = jb.NBA(sparse_oracle()), one(data)
@@ -89,6 +91,7 @@ def test_one_compilation_and_no_closed_batch():
     assert not names
 
 
+@pytest.mark.slow
 def test_a_step_into_overflow_is_refused():
     data = regression(20, 15, 2)
     method, batch = jb.NBA(sparse_oracle(), step_size=1e6), one(data)

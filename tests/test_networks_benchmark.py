@@ -65,6 +65,7 @@ def test_files_without_masks_and_odd_sizes_are_sentences(tmp_path):
         networks.scans.coarser(hu, 7)
 
 
+@pytest.mark.slow
 def test_scores_of_a_perfect_and_of_an_empty_segmentation():
     test = {"x": jnp.ones((2, 16, 16)), "labels": jnp.zeros((2, 16, 16), bool).at[:, 3:6, 3:6].set(True)}
     sign = jnp.where(test["labels"], 50.0, -50.0)

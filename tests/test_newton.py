@@ -19,7 +19,7 @@ def denoising(overstated: float) -> jb.SmoothProblem:
     )
 
 
-@pytest.mark.parametrize("overstated", [1.0, 1e2, 1e6])
+@pytest.mark.parametrize("overstated", [pytest.param(1.0, marks=pytest.mark.slow), 1e2, 1e6])
 def test_a_loose_bound_on_the_curvature_does_not_stop_it(overstated):
     """An accelerated phase with steps of 1/L would need sqrt(L/mu) steps for every digit, and look stagnated."""
     data = {"y": images(16)(0, 1)["y"][0]}

@@ -66,6 +66,7 @@ def test_unknowns_that_had_better_stay_zero(policy, second):
     np.testing.assert_allclose(hg.grad, [-0.0175, second, 0.0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_self_consistency_sees_what_signs_do_not():
     """Two biactive unknowns: alone the second would lower the loss, but not once the first has moved."""
     H = np.array([[1.0, 0.9], [0.9, 1.0]])
@@ -116,6 +117,7 @@ def test_other_problems_against_differences(problem, loss, params, data):
         assert 0.2 * distance(rough.grad, hg.grad) - 1e-10 <= rough.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_error_estimates(tol):
     for seed in range(4):
@@ -131,6 +133,7 @@ def test_error_estimates(tol):
         assert distance(fixed.warm.x, exact.warm.x) <= float(fixed.lower.error[0]) <= tol
 
 
+@pytest.mark.slow
 def test_proven_value_bound():
     smoothness = float(np.linalg.norm(regression(50, 60, 0)["A_val"], 2) ** 2)
     which = oracle(NET, held_out, loss_smoothness=smoothness)
@@ -203,6 +206,7 @@ def test_all_zero_solution_has_gradient_zero():
     np.testing.assert_array_equal(hg.grad, 0.0)
 
 
+@pytest.mark.slow
 def test_dependent_columns_are_named_and_damping_helps():
     data = regression(20, 10, 5)
     data["A"][:, 1] = data["A"][:, 0]

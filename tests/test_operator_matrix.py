@@ -245,6 +245,7 @@ def test_vmap_over_any_axis(entry):
         np.testing.assert_allclose(A(batch[None]), each[None], atol=1e2 * entry.tolerance)  # leading axes
 
 
+@pytest.mark.slow
 @every_entry
 def test_first_and_second_derivatives(entry):
     A, x, v = entry.make(), draw(entry.in_shape), draw(entry.in_shape, seed=2)
@@ -274,6 +275,7 @@ def test_inside_scan_and_checkpoint(entry):
     np.testing.assert_allclose(gradient.ravel(), power @ np.asarray(x).ravel(), atol=1e3 * entry.tolerance)
 
 
+@pytest.mark.slow
 @every_entry
 def test_shard_map_over_two_devices(entry):
     A, batch = entry.make(), draw((4, *entry.in_shape))

@@ -46,6 +46,7 @@ def test_dot_test(shape, axis):
     np.testing.assert_allclose(back.ravel(), dense(shape, axis).T @ y.ravel(), atol=1e-14)
 
 
+@pytest.mark.slow
 @every_case
 def test_derivatives(shape, axis):
     x, v = jnp.asarray(rng.standard_normal(shape)), jnp.asarray(rng.standard_normal(shape))

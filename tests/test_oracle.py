@@ -99,6 +99,7 @@ def test_a_nan_sample_of_weight_0_leaves_value_and_gradient():
 # bad samples
 
 
+@pytest.mark.slow
 def test_one_bad_image_among_64():
     params, batch = QUADRATIC.params(2), QUADRATIC.batch(2, 64)
     batch = batch | {"index": np.arange(64)}
@@ -155,6 +156,7 @@ def test_unreachable_tolerance_ends_quickly_as_precision():
 # warm starts and compilations
 
 
+@pytest.mark.slow
 def test_correction_may_meet_a_tolerance_that_the_solves_did_not():
     params, batch = small()
     limited = {"max_steps": 3, "max_products": 3, "estimate": False}

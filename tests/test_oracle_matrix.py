@@ -45,6 +45,10 @@ EACH = pytest.mark.parametrize("name", ORACLES)
 KINDS = [name for name in ORACLES if name not in ("minres", "unroll-checkpointed", "piggyback-simultaneous-corrected")]
 EACH_KIND = pytest.mark.parametrize("name", KINDS)
 PAIRS = [(name, case) for name in ORACLES for case in CASES if case is not QUADRATIC or name in KINDS]
+QUICK_OR_SLOW = [
+    pytest.param(name, case, id=f"{case.name}-{name}", marks=() if case is QUADRATIC else pytest.mark.slow)
+    for name, case in PAIRS
+]
 
 
 @cache
@@ -62,7 +66,7 @@ def problem(case):
     return params, batch, weights / weights.sum(), np.asarray(values), rows
 
 
-@pytest.mark.parametrize("name, case", PAIRS, ids=[f"{case.name}-{name}" for name, case in PAIRS])
+@pytest.mark.parametrize("name, case", QUICK_OR_SLOW)
 def test_values_and_gradient_are_exact_at_tight_tolerances(name, case):
     params, batch, weights, values, rows = problem(case)
     # weights need not be normalised
@@ -90,6 +94,7 @@ def test_weights_choose_samples(name):
         assert relative(hg.grad, rows[i]) <= ACCURACY.get(name, 1e-8)
 
 
+@pytest.mark.slow
 @EACH_KIND
 def test_value_agrees_with_the_hypergradient_and_its_differences_with_the_gradient(name):
     params, batch, weights, values, rows = problem(QUADRATIC)
@@ -122,6 +127,7 @@ def test_errors_hold_at_loose_tolerances(name):
             assert float(hg.error) <= 2 * true + 1e-12
 
 
+@pytest.mark.slow
 @EACH_KIND
 def test_bad_sample_is_named_and_may_be_dropped(name):
     params, batch, _, values, rows = problem(QUADRATIC)

@@ -17,10 +17,12 @@ from benchmarks.papers import paper3_tv, paper3_tv_descent, paper3_tv_discretisa
 BATCH = {name: jnp.asarray(np.random.default_rng(0).uniform(size=(1, 8, 7))) for name in "xy"}
 
 
+@pytest.mark.slow
 def test_experts_are_fields_of_experts_with_fixed_weights():
     """By the implicit hypergradient of the smooth form, in which all parameters are free."""
     experts = paper3_tv.Experts()
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), experts.init())
+    centred = lambda filters: filters - jnp.mean(filters, (1, 2), keepdims=True)  # noqa: E731
+    params = {"filters": centred(jnp.asarray(experts.init()["filters"], jnp.float64))}
     assert params["filters"].size == 400
     np.testing.assert_allclose(experts.project(params)["filters"], params["filters"], atol=1e-7)
     hg = paper3_tv.piggyback(experts, estimate=False)(params, BATCH, tol=1e-10)
@@ -30,7 +32,7 @@ def test_experts_are_fields_of_experts_with_fixed_weights():
     }  # fmt: skip
     smooth = jb.implicit.Oracle(jb.variational(None, experts.foe), jb.losses.squared_error())(free, BATCH, tol=1e-10)
     assert hg.value == pytest.approx(float(smooth.value), rel=1e-9)
-    np.testing.assert_allclose(hg.grad["filters"], smooth.grad["filters"], atol=1e-7)
+    np.testing.assert_allclose(hg.grad["filters"], centred(smooth.grad["filters"]), atol=1e-7)
 
 
 def test_climbing_ends_at_the_best_weight(monkeypatch):

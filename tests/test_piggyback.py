@@ -90,6 +90,7 @@ def test_loss_of_the_parameters_and_weights_of_samples():
     assert relative(hg.grad, expected) <= 1e-9
 
 
+@pytest.mark.slow
 def test_huber_tv_four_ways():
     """As a smooth problem by implicit differentiation; as a saddle point by piggyback, unrolled, and by differences."""
     params, data = HUBER.params(0), HUBER.sample(0)
@@ -126,6 +127,7 @@ def test_differences(setup):
     assert direction @ flat(found) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_saddle_point_is_differentiable():
     params, data = QUADRATIC.params(0), QUADRATIC.sample(0)
     point = jb.piggyback.saddle_point(QUADRATIC.problem)
@@ -254,6 +256,7 @@ def test_memory_does_not_grow_with_the_iterations():
     assert temporary(unrolled(1000)) > 5 * temporary(unrolled(100)) > 5 * few
 
 
+@pytest.mark.slow
 @MODES
 def test_one_compilation(mode):
     params, batch = HUBER.params(0), batch_of(HUBER, 0)
@@ -267,6 +270,7 @@ def test_one_compilation(mode):
     assert not [message for message in compiled if "_hypergradient" in message or "_value" in message]
 
 
+@pytest.mark.slow
 def test_warm_starts_of_both_adjoints():
     params, batch = HUBER.params(0), batch_of(HUBER, 0)
     own = oracle(HUBER, image_loss, estimate=False)

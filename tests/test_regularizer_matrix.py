@@ -93,6 +93,7 @@ def test_derivatives_against_finite_differences(entry):
     np.testing.assert_allclose(jnp.vdot(flatten(jax.jit(jax.grad(R))(params, x))[0], w), along, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @every_entry
 def test_claimed_constants_against_measured_ones(entry):
     R = entry.regularizer
@@ -136,6 +137,7 @@ def test_equal_settings_are_equal_and_hashable(entry):
     assert hash(problem) == hash(jb.variational(None, entry.regularizer))
 
 
+@pytest.mark.slow
 @every_entry
 def test_feeds_a_lower_level_and_its_hypergradient(entry):
     problem = jb.variational(None, entry.regularizer)

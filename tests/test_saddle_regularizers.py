@@ -50,7 +50,9 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize(
+    "name", [name if "," not in name else pytest.param(name, marks=pytest.mark.slow) for name in REGULARIZERS]
+)
 def test_saddle_forms_are_what_they_claim(name):
     jb.variational(None, REGULARIZERS[name]) if name not in BOTH else None
     problem = jb.variational(None, REGULARIZERS[name], form="saddle")
@@ -58,6 +60,7 @@ def test_saddle_forms_are_what_they_claim(name):
     problem.verify(params_of(name), image()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["views", "complex"])
 @pytest.mark.parametrize("name", ["TGV", "FoE, psi"])
 def test_dualised_operators_are_what_they_claim(name, kind):
@@ -93,6 +96,7 @@ def test_both_forms_have_one_solution(name, kind):
     assert np.isfinite(info.error) == name.startswith(("SmoothedTV", "FoE"))
 
 
+@pytest.mark.slow
 def test_total_variation_is_the_limit_of_the_smoothed_one():
     """And of the learned one with a single filter that is 1 at its centre."""
     data = image()[1]
@@ -170,6 +174,7 @@ def test_hypergradients_against_differences(name):
     assert direction @ ravel_pytree(hg.grad)[0] == pytest.approx(slope, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_hypergradient_equals_the_implicit_one():
     """Which takes the smooth form of the same problem: the solutions agree too."""
     params, (clean, noisy) = params_of("FoE, psi"), image()

@@ -322,6 +322,7 @@ def count(case, solver, max_steps):
     return info, (view.values, view.gradients, view.products)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logistic", "weakly_convex"])  # with known constants, and without
 @over(OURS)
 def test_every_evaluation_is_counted(solver, name):
@@ -392,6 +393,7 @@ def test_slow_progress_is_not_stagnation():
     assert int(info.steps) > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, solver",
     [(name, solver) for name in ("tv", "weakly_convex") for solver in FAST] + [("tv_without_constants", "AGD")],

@@ -73,6 +73,7 @@ def test_logistic_regression_of_scikit_learn():
     np.testing.assert_allclose(x, model.coef_[0], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [NET, replace(NET, smoothness=None), pytest.param(LOGISTIC, marks=pytest.mark.slow)],

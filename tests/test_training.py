@@ -52,6 +52,7 @@ def test_network_trains_and_starts_without_an_extra_gradient():
     assert len(traces) <= 4  # two for the check of the loss' shape
 
 
+@pytest.mark.slow
 def test_average_is_the_mean_of_the_iterates():
     decay, seen = 0.8, []
     method = jb.FirstOrder(ORACLE, optax.sgd(0.05), average=decay)

@@ -108,6 +108,7 @@ def attack(objective, start, steps=150, rate=0.05):
     return float(jnp.max(jax.jit(lambda a: jax.lax.scan(step, (a, optimizer.init(a)), length=steps)[1])(start)))
 
 
+@pytest.mark.slow
 @every_setting
 def test_hessian_lipschitz_resists_ascent_on_the_third_derivative(R, shape):
     # the third derivative is a symmetric form: its norm is its largest value on a diagonal (v, v, v)

@@ -182,6 +182,7 @@ def check_solution(problem, y):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "A",
     [

@@ -65,13 +65,15 @@ def quality(found, clean, data_range: float) -> dict[str, float]:
     }
 
 
-def trained(args, loss: Callable, params, data: Scans, seed: int, batch: int) -> tuple[Any, dict]:
+def trained(
+    args, loss: Callable, params, data: Scans, seed: int, batch: int, *, steps: int | None = None, rate=None
+) -> tuple[Any, dict]:
     """The trained parameters, and what the training cost: seconds of the clock and of all cores together."""
-    cpu = time.process_time()
+    cpu, steps = time.process_time(), steps or args.steps
     best, step, result = scans.train(
-        loss, params, data.train, data.validation, steps=args.steps, batch=batch, rate=args.rate, seed=seed
+        loss, params, data.train, data.validation, steps=steps, batch=batch, rate=rate or args.rate, seed=seed
     )
-    if best is None or result.steps < args.steps:
+    if best is None or result.steps < steps:
         raise SystemExit(f"training ended early: {result.message}")
     return best, {
         "parameters": jb.trees.size(params), "best_step": step, "train_s": float(result.history["seconds"].sum()),

@@ -104,6 +104,7 @@ def test_a_correction_divides_the_error_by_ten_and_never_hides_what_is_left(plai
     assert np.mean(left >= 0.5) >= 0.85
 
 
+@pytest.mark.slow
 def test_values_are_estimated_within_their_second_order(plain, corrected):
     for found in (*plain, *corrected):
         seen = found.value_error > 1e-11

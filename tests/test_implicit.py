@@ -62,6 +62,7 @@ def test_oracle_agrees_with_the_dense_hessian(case):
     assert jax.tree.structure(hg.grad) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(**ids(SMOOTH))
 def test_gradient_through_argmin_agrees_with_the_dense_hessian(case):
     params, data, _, exact = reference(case, 1)

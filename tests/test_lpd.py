@@ -150,6 +150,7 @@ def test_published_sizes(name, count):
     assert jb.trees.size(params) == count
 
 
+@pytest.mark.slow
 def test_named_networks_are_what_the_papers_say():
     """PDNet with zero networks returns the FBP it starts from; Adler's reads and writes different channels."""
     pdnet = jb.nets.LPD.named("pdnet", operator=A, rngs=nnx.Rngs(0), zero_last=True, layers=2, **SMALL)
@@ -195,6 +196,7 @@ def test_subsets_add_up():
     np.testing.assert_allclose(total, A.T(A(x)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_order_of_the_subsets_is_traced():
     net = made(subsets=3, layers=6)
     f, params = perturbed(net)
@@ -205,6 +207,7 @@ def test_order_of_the_subsets_is_traced():
     assert np.max(np.abs(other - compiled(cyclic))) > 1e-6 and compiled._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_padding_of_short_subsets_reaches_nothing():
     """Seven angles by two: the measurement's eighth row does not exist, whatever the shared dual left in its place."""
     net = made(subsets=2, layers=4)
@@ -287,6 +290,7 @@ def test_products_are_kept_across_remat_where_asked():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *slopes.values())
 
 
+@pytest.mark.slow
 def test_batches():
     f, params = perturbed(made(subsets=2, sketch=(2, 1, 1)))
     ys = jnp.stack([jnp.asarray(Y), 2 * jnp.asarray(Y)[::-1]])

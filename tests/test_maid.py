@@ -271,6 +271,7 @@ def test_ends_at_the_floor_instead_of_looping():
     assert int(last.info.work) < 10_000
 
 
+@pytest.mark.slow
 def test_start_that_meets_a_loose_tolerance_is_not_taken_for_stationary(batch64):
     # x0 and q = 0 meet tol = 10, so z is exactly 0: the accuracy has to improve, nothing has converged
     state = jb.MAID(TV, tol=10.0, adjoint_tol=10.0).init(jnp.array(STARTS[0]), batch64)

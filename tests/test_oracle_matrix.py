@@ -109,6 +109,7 @@ def test_value_agrees_with_the_hypergradient_and_its_differences_with_the_gradie
     assert relative(central_differences(value, params), weights @ rows) <= 1e-7
 
 
+@pytest.mark.slow
 @EACH
 def test_errors_hold_at_loose_tolerances(name):
     """The estimate is the true error within a factor 2, or inf; what a correction leaves is not underestimated."""

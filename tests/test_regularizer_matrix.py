@@ -124,6 +124,7 @@ def test_claimed_constants_against_measured_ones(entry):
             assert claimed is None or measured <= float(claimed) * (1 + 1e-9) + 1e-9
 
 
+@pytest.mark.slow
 @every_entry
 def test_jit_and_vmap(entry):
     R, params, batch = entry.regularizer, start(entry), points(entry, 3)

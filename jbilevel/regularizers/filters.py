@@ -112,9 +112,18 @@ def spectral_bound(bank):
     support = 2 * degree + 1
     grid = max(_GRID, 2 ** math.ceil(math.log2(8 * support)))
     # S is the transform of the autocorrelation, which its samples at 2k - 1 points per axis determine
-    coarse = jnp.sum(jnp.abs(jnp.fft.rfft2(bank, (support, support))) ** 2, axis=0)
+    coarse = jnp.sum(power(bank, support), axis=0)
     lags = jnp.roll(jnp.fft.irfft2(coarse, (support, support)), (degree, degree), (0, 1))
-    return jnp.max(jnp.abs(jnp.fft.rfft2(lags, (grid, grid)))) / math.cos(math.pi * degree / grid) ** 2
+    samples = jnp.fft.rfft2(lags, (grid, grid)).ravel()
+    largest = jnp.abs(samples[jnp.argmax(jnp.abs(samples))])  # no derivative of |z| where z may be 0
+    return largest / math.cos(math.pi * degree / grid) ** 2
+
+
+def power(kernels, grid: int):
+    """|transform|^2 of each kernel on a grid of n x n frequencies; smooth at 0, which the square of |z| is not for
+    every compiler."""
+    spectra = jnp.fft.rfft2(kernels, (grid, grid))
+    return spectra.real**2 + spectra.imag**2
 
 
 def zero_mean(kernels):

@@ -132,7 +132,7 @@ def _norm_squared(kernels):
     """
     degree = kernels.shape[-1] - 1
     grid = max(_GRID, 4 * degree)
-    spectra = jnp.sum(jnp.abs(jnp.fft.rfft2(kernels, (grid, grid))) ** 2, axis=1)
+    spectra = jnp.sum(banks.power(kernels, grid), axis=1)
     return jnp.max(spectra) / math.cos(math.pi * degree / grid) ** 2
 
 

@@ -1,6 +1,6 @@
 """Total variation for a segmentation network: weights that are best for the eye and weights that are best for the task.
 
-A U-Net T learns to tell discs from rectangles on clean images. Then only noisy images are to be had,
+A U-Net T learns to tell discs from bars on clean images. Then only noisy images are to be had,
 
     x_hat(theta) = argmin_x 1/2 |x - y|^2 + R(theta, x),      min over theta of mean loss(T(x_hat(theta)), labels),
 
@@ -27,7 +27,7 @@ from flax import nnx
 import jbilevel as jb
 from jbilevel.task import Pipeline, reconstruct
 
-CLASSES = ("background", "disc", "rectangle")
+CLASSES = ("background", "disc", "bar")
 COLOURS = ("#0072b2", "#e69f00")
 LOSS = jb.losses.Segmentation(iou=0.0, log_cosh_dice=0.0)
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
@@ -35,20 +35,21 @@ CRR = jb.regularizers.CRR(channels=(4, 8), sizes=(3, 3))
 
 
 def drawn(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of two to four shapes that do not touch, brighter or darker than a ramp of grey values."""
+    """(images, labels) of two to four shapes that do not touch, brighter or darker than stripes of a few pixels."""
     images, labels = np.zeros((count, size, size), np.float32), np.zeros((count, size, size), np.int32)
     rows, columns = np.mgrid[:size, :size]
     for image, label in zip(images, labels, strict=True):
         angle, taken = rng.uniform(0, 2 * np.pi), np.zeros((size, size), bool)
-        image += 0.5 + 0.1 * (np.cos(angle) * (rows / size - 0.5) + np.sin(angle) * (columns / size - 0.5))
+        across = np.cos(angle) * rows + np.sin(angle) * columns
+        image += 0.5 + 0.08 * np.sin(2 * np.pi * across / rng.uniform(4, 6) + angle)
         for _ in range(rng.integers(2, 5)):
             r = rng.uniform(0.1, 0.17) * size
-            i, j = rng.uniform(r + 1, size - r - 1, 2)
+            i, j = rng.uniform(1.2 * r + 1, size - 1.2 * r - 1, 2)
             kind = rng.integers(1, 3)
             if kind == 1:
                 inside = np.hypot(rows - i, columns - j) <= r
             else:
-                long, short = rng.permutation([r, 0.65 * r])
+                long, short = rng.permutation([1.2 * r, 0.35 * r])
                 inside = (abs(rows - i) <= long) & (abs(columns - j) <= short)
             around = np.hypot(rows - i, columns - j) <= 1.35 * r + 1
             if not np.any(taken & around):
@@ -66,7 +67,8 @@ def noisy(images, labels, sigma, rng):
 def trained(args, rng):
     """(T, its parameters, the U-Net): on clean images."""
     net = jb.nets.UNet(1, len(CLASSES), widths=(8, 16, 32), rngs=nnx.Rngs(args.seed))
-    T, params = jb.nets.from_flax(net)
+    unet, params = jb.nets.from_flax(net)
+    T = lambda params, x: unet(params, 5 * (x - 0.5))  # noqa: E731
     images, labels = (jnp.asarray(v) for v in drawn(400, args.size, rng))
     parts = ({"x": images[a:b], "labels": labels[a:b]} for a, b in ((0, 360), (360, 400)))
     loss = lambda p, d: LOSS(T(p, d["x"]), d["labels"])  # noqa: E731
@@ -77,7 +79,7 @@ def trained(args, rng):
 
 
 def dice(logits, labels) -> float:
-    """Of discs and rectangles, mean over images."""
+    """Of discs and bars, mean over images."""
     return float(jb.metrics.dice(jnp.argmax(logits, -1), labels, len(CLASSES), background=False))
 
 
@@ -90,7 +92,7 @@ def table(rows: dict, test) -> str:
 
 
 def figure(path, rows: dict, test, shown) -> None:
-    """What T sees, with the outlines of what it marks as disc (blue) and as rectangle (orange)."""
+    """What T sees, with the outlines of what it marks as disc (blue) and as bar (orange)."""
     plt = pictures.pyplot()
     fig, axes = plt.subplots(
         len(shown), len(rows), figsize=(2.1 * len(rows), 2.4 * len(shown)), squeeze=False, layout="constrained"
@@ -127,10 +129,10 @@ def curves(path, weights, psnr, losses, learned: float) -> None:
 def main(argv=None):
     parser = pictures.options(__doc__, "task_adapted_segmentation")
     parser.add_argument("--sigma", type=float, default=0.15, help="noise level for images in [0, 1]")
-    parser.add_argument("--size", type=int, default=40, help="side of the images in pixels")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--train", type=int, default=24, help="noisy images to learn from")
     parser.add_argument("--test", type=int, default=100)
-    parser.add_argument("--net-steps", type=int, default=500, help="steps of the network on clean images")
+    parser.add_argument("--net-steps", type=int, default=600, help="steps of the network on clean images")
     parser.add_argument("--steps", type=int, default=12, help="bilevel steps")
     args = pictures.parsed(parser, argv)
 
@@ -156,7 +158,7 @@ def main(argv=None):
     add("clean images", net_params, lambda data: data["x"])
     add("noisy images", net_params, lambda data: data["y"])
 
-    weights = args.sigma * np.geomspace(0.1, 6, 14)
+    weights = args.sigma * np.geomspace(0.1, 6, 12)
     seen = [denoised(denoiser, jnp.log(jnp.array([w], jnp.float32)))(batch) for w in weights]
     psnr = [float(jb.metrics.mean_psnr(x, batch["x"])) for x in seen]
     losses = [float(jnp.mean(jax.vmap(LOSS)(T_all(net_params, x), batch["labels"]))) for x in seen]
@@ -178,7 +180,7 @@ def main(argv=None):
 
     adam = partial(jb.FirstOrder, tol=0.05, adjoint_tol=0.05)
     tuned = learn(
-        denoiser, regularizer=adapted.regularizer, steps=2 * args.steps, finetune=net.last(2), oracle=quick,
+        denoiser, regularizer=adapted.regularizer, steps=args.steps, finetune=net.last(2), oracle=quick,
         method=partial(adam, optimizer=optax.adam(0.03)), alternate=optax.adam(1e-3), task_steps=3,
     )  # fmt: skip
     told("TV, fine-tuned", denoiser, tuned)

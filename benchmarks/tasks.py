@@ -154,7 +154,7 @@ def render(rows: Sequence[dict], scores: dict[str, str]) -> str:
     """``scores``: figure -> heading."""
     settings = rows[0]["settings"]
     text = (
-        f"{settings['sizes'][0]}² grey images, {settings['train']} to learn from and {settings['test']} to judge on; "
+        f"Grey images, {settings['train']} to learn from and {settings['test']} to judge on; "
         "mean ± standard deviation over seeds. Tolerances bound ‖x − x̂‖ of every image.\n"
     )
     for data in dict.fromkeys(row["case"]["data"] for row in rows):

@@ -28,6 +28,7 @@ import jbilevel as jb
 from jbilevel.task import Pipeline, reconstruct
 
 CLASSES = ("background", "disc", "bar")
+STRIPES = 0.15  # amplitude of what counts for the eye alone
 COLOURS = ("#0072b2", "#e69f00")
 LOSS = jb.losses.Segmentation(iou=0.0, log_cosh_dice=0.0)
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
@@ -41,7 +42,7 @@ def drawn(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
     for image, label in zip(images, labels, strict=True):
         angle, taken = rng.uniform(0, 2 * np.pi), np.zeros((size, size), bool)
         across = np.cos(angle) * rows + np.sin(angle) * columns
-        image += 0.5 + 0.08 * np.sin(2 * np.pi * across / rng.uniform(4, 6) + angle)
+        image += 0.5 + STRIPES * np.sin(2 * np.pi * across / rng.uniform(4, 6) + angle)
         for _ in range(rng.integers(2, 5)):
             r = rng.uniform(0.1, 0.17) * size
             i, j = rng.uniform(1.2 * r + 1, size - 1.2 * r - 1, 2)
@@ -128,9 +129,9 @@ def curves(path, weights, psnr, losses, learned: float) -> None:
 
 def main(argv=None):
     parser = pictures.options(__doc__, "task_adapted_segmentation")
-    parser.add_argument("--sigma", type=float, default=0.15, help="noise level for images in [0, 1]")
+    parser.add_argument("--sigma", type=float, default=0.2, help="noise level for images in [0, 1]")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
-    parser.add_argument("--train", type=int, default=24, help="noisy images to learn from")
+    parser.add_argument("--train", type=int, default=40, help="noisy images to learn from")
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--net-steps", type=int, default=600, help="steps of the network on clean images")
     parser.add_argument("--steps", type=int, default=12, help="bilevel steps")
@@ -158,7 +159,7 @@ def main(argv=None):
     add("clean images", net_params, lambda data: data["x"])
     add("noisy images", net_params, lambda data: data["y"])
 
-    weights = args.sigma * np.geomspace(0.1, 6, 12)
+    weights = args.sigma * np.geomspace(0.2, 4, 16)
     seen = [denoised(denoiser, jnp.log(jnp.array([w], jnp.float32)))(batch) for w in weights]
     psnr = [float(jb.metrics.mean_psnr(x, batch["x"])) for x in seen]
     losses = [float(jnp.mean(jax.vmap(LOSS)(T_all(net_params, x), batch["labels"]))) for x in seen]

@@ -75,7 +75,7 @@ def make(args, seed: int):
         return {f"top{k}": float(jb.metrics.top_k(logits, labels, min(k, classes))) for k in (1, 5)}
 
     train = part(learning[: args.train])
-    return name, tasks.Task(network, params, net.last(1), loss, score, train, part(test))
+    return f"{name}, {images.shape[1]}²", tasks.Task(network, params, net.last(1), loss, score, train, part(test))
 
 
 def render(rows) -> str:

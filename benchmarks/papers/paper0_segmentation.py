@@ -94,7 +94,7 @@ def make(args, seed: int):
         dice, pooled = (float(jb.metrics.dice(found, labels, classes, ignore=VOID, pooled=p)) for p in (False, True))
         return {"dice": dice, "pooled_dice": pooled, "iou": float(jb.metrics.iou(found, labels, classes, ignore=VOID))}
 
-    return name, tasks.Task(network, params, net.last(2), loss, score, train, test)
+    return f"{name}, {size}²", tasks.Task(network, params, net.last(2), loss, score, train, test)
 
 
 def render(rows) -> str:

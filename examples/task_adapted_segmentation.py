@@ -120,6 +120,9 @@ def curves(path, weights, psnr, losses, learned: float) -> None:
     left.semilogx(weights, losses, color=COLOURS[0])
     right.semilogx(weights, psnr, color=COLOURS[1])
     left.axvline(learned, color="0.4", linestyle="--", linewidth=1)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if weights[0] <= t <= weights[-1]]
+    left.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    left.minorticks_off()
     left.set_xlabel("weight of total variation (dashed: learned for the task)")
     left.set_ylabel("loss of the task", color=COLOURS[0])
     right.set_ylabel("PSNR in dB", color=COLOURS[1])
@@ -187,8 +190,8 @@ def main(argv=None):
     told("TV, fine-tuned", denoiser, tuned)
 
     filters = learn(
-        ridge, regularizer=CRR.init(jax.random.key(args.seed), dtype=jnp.float32), steps=4 * args.steps, oracle=quick,
-        method=partial(adam, optimizer=optax.adam(0.05)),
+        ridge, regularizer=CRR.init(jax.random.key(args.seed), dtype=jnp.float32), steps=6 * args.steps, oracle=quick,
+        method=partial(adam, optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 6 * args.steps, 0.05))),
     )  # fmt: skip
     told("ridge filters", ridge, filters)
 

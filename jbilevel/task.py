@@ -140,8 +140,8 @@ class Pipeline:
             raise ValueError(self._why_not_finite(int(np.argmin(np.isfinite(values))), values, logits, batch))
         if not np.any(slopes):
             warnings.warn(
-                "the loss does not change with the reconstruction, so the hypergradient of the regulariser is zero: "
-                "`loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops gradients.",
+                "the loss does not change with the reconstruction, where solves start, so the hypergradient of the "
+                "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops gradients.",
                 UserWarning, stacklevel=3,
             )  # fmt: skip
 

@@ -141,7 +141,8 @@ class Pipeline:
         if not np.any(slopes):
             warnings.warn(
                 "the loss does not change with the reconstruction, where solves start, so the hypergradient of the "
-                "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops gradients.",
+                "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops "
+                "gradients.",
                 UserWarning, stacklevel=3,
             )  # fmt: skip
 

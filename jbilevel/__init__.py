@@ -13,6 +13,7 @@ from jbilevel import piggyback as piggyback
 from jbilevel import prox as prox
 from jbilevel import regularizers as regularizers
 from jbilevel import solvers as solvers
+from jbilevel import task as task
 from jbilevel import unroll as unroll
 from jbilevel.first_order import FirstOrder as FirstOrder
 from jbilevel.fit import FitResult as FitResult
@@ -36,5 +37,7 @@ from jbilevel.results import check as check
 from jbilevel.saddle import SaddleProblem as SaddleProblem
 from jbilevel.solvers import solve as solve
 from jbilevel.sparse import WeightedL1Problem as WeightedL1Problem
+from jbilevel.task import TaskAdapted as TaskAdapted
+from jbilevel.task import task_adapted as task_adapted
 from jbilevel.validation import Validation as Validation
 from jbilevel.variational import variational as variational

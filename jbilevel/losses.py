@@ -254,6 +254,51 @@ def log_cosh_dice(logits, labels, **settings):
     return loss + jax.nn.softplus(-2 * loss) - math.log(2)
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """A weighted sum of :func:`cross_entropy`, :func:`dice`, :func:`iou` and :func:`log_cosh_dice`, by default all of
+    weight 1 (the composite loss of papers 0 and 1); a value that hashes and compares.
+
+    log cosh is monotone on Dice losses and the Jaccard loss nearly a function of Dice, so that the sum has the
+    minimisers of its parts. One label per image is allowed too: logits (C,) and labels ().
+
+    Args:
+      cross_entropy, dice, iou, log_cosh_dice: weights, not negative; what has the weight 0 is not computed.
+      ignore: of all terms. smoothing, present_only: of all but the cross-entropy.
+
+    Raises:
+      ValueError: a weight is negative, or all are 0. Called: what its terms raise.
+
+    >>> loss = Segmentation(iou=0.0, log_cosh_dice=0.0, ignore=255)
+    >>> logits, labels = jnp.array([[0.0, 1.0], [2.0, 0.0]]), jnp.array([1, 255])
+    >>> bool(loss(logits, labels) == cross_entropy(logits, labels, ignore=255) + dice(logits, labels, ignore=255))
+    True
+    """
+
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    iou: float = 1.0
+    log_cosh_dice: float = 1.0
+    ignore: int | None = None
+    smoothing: float = 1.0
+    present_only: bool = False
+
+    def __post_init__(self):
+        weights = {name: getattr(self, name) for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}
+        if not all(weight >= 0 for weight in weights.values()) or not any(weights.values()):
+            raise ValueError(f"the weights must not be negative, and one must be positive, got {weights}.")
+
+    def __call__(self, logits, labels):
+        overlap = {"smoothing": self.smoothing, "present_only": self.present_only}
+        terms = (
+            (self.cross_entropy, cross_entropy, {}),
+            (self.dice, dice, overlap),
+            (self.iou, iou, overlap),
+            (self.log_cosh_dice, log_cosh_dice, overlap),
+        )
+        return sum(w * loss(logits, labels, ignore=self.ignore, **more) for w, loss, more in terms if w)
+
+
 def _classified(logits, labels, ignore):
     """Logits (NaN where a label is out of range), labels as integers, and which pixels count."""
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)

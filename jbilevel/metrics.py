@@ -167,6 +167,33 @@ def iou(
     return _mean_score(inside, total - inside)
 
 
+def top_k(logits, labels, k: int = 1):
+    """The share of samples whose label is among the k classes with the largest logits; ties count against the label.
+
+    Args:
+        logits: (n, C). labels: integers (n,), 0, ..., C - 1.
+        k: between 1 and C.
+
+    Raises:
+        ValueError: the shapes do not fit, or ``k`` is out of range. TypeError: the labels are not integers.
+
+    >>> logits = jnp.array([[0.1, 0.9, 0.5], [0.8, 0.1, 0.7]])
+    >>> print(top_k(logits, jnp.array([1, 2])), top_k(logits, jnp.array([1, 2]), 2))
+    0.5 1.0
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"`logits` must be (n, C) and `labels` (n,), got {logits.shape} and {labels.shape}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"`k` must lie between 1 and the number of classes {logits.shape[1]}, got {k}.")
+    known = (labels >= 0) & (labels < logits.shape[1])
+    score = jnp.take_along_axis(logits, jnp.where(known, labels, 0)[:, None], axis=1)
+    before = jnp.sum(logits >= score, axis=1) - 1
+    return jnp.mean((before < k) & known & jnp.isfinite(score[:, 0]))
+
+
 def _label_overlaps(prediction, labels, n_classes, ignore, background, pooled):
     """|P ∩ T| and |P| + |T|, (images or 1, classes)."""
     prediction, labels = jnp.asarray(prediction), jnp.asarray(labels)

@@ -37,6 +37,8 @@ SCRIPTS = (
     "saddle_errors",
     "sparse",
     "learned_reconstruction",
+    "papers/paper0_classification",
+    "papers/paper0_segmentation",
     "papers/ridge",
     "papers/paper1_ct",
     "papers/paper1_joint",

@@ -19,8 +19,9 @@ ROWS = (
     ("data", "problems", "saddle", "sparse", "variational"),
     ("solvers",),
     ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "saddle_system", "unroll"),
-    ("first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
+    ("alternating", "first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
     ("fit", "parallel", "validation"),
+    ("task",),
     ("dfols",),  # its package owns the loop, so it comes after ours
     ("cli",),
 )

@@ -134,9 +134,45 @@ def test_scores_agree_with_scikit_learn():
         assert float(ours(prediction, labels, 3)) == pytest.approx(np.mean(each))
 
 
+def test_the_composite_is_the_weighted_sum_of_its_parts():
+    weights = {"cross_entropy": 0.3, "dice": 2.0, "iou": 0.0, "log_cosh_dice": 1.5}
+    labels = np.where(LABELS == 3, 255, LABELS)
+    composite = losses.Segmentation(**weights, ignore=255, smoothing=0.5, present_only=True)
+    more = {"ignore": 255, "smoothing": 0.5, "present_only": True}
+    expected = 0.3 * losses.cross_entropy(LOGITS, labels, ignore=255) + 2 * losses.dice(LOGITS, labels, **more)
+    expected += 1.5 * losses.log_cosh_dice(LOGITS, labels, **more)
+    assert float(composite(LOGITS, labels)) == pytest.approx(float(expected), rel=1e-12)
+    everything = sum(float(loss(LOGITS, LABELS)) for loss in LOSSES)
+    assert float(losses.Segmentation()(LOGITS, LABELS)) == pytest.approx(everything, rel=1e-12)
+    assert losses.Segmentation() == losses.Segmentation() and hash(composite) != hash(losses.Segmentation())
+    one = losses.Segmentation(dice=0.0, iou=0.0, log_cosh_dice=0.0)  # a label per image
+    assert float(one(LOGITS[0, 0], LABELS[0, 0])) == pytest.approx(
+        float(losses.cross_entropy(LOGITS[:1, :1], LABELS[:1, :1]))
+    )
+
+
+def test_share_among_the_best_agrees_with_scikit_learn():
+    from sklearn.metrics import top_k_accuracy_score
+
+    logits, labels = RNG.standard_normal((50, 6)), RNG.integers(0, 6, 50)
+    for k in (1, 2, 5):
+        expected = top_k_accuracy_score(labels, logits, k=k, labels=range(6))
+        assert float(metrics.top_k(logits, labels, k)) == pytest.approx(expected)
+    assert (
+        float(metrics.top_k(jnp.zeros((4, 3)), jnp.zeros(4, int))) == 0.0
+    )  # a network that says nothing knows nothing
+    assert float(metrics.top_k(jnp.full((2, 3), jnp.nan), jnp.zeros(2, int), 3)) == 0.0
+    assert float(metrics.top_k(logits, labels + 100, 6)) == 0.0
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: losses.Segmentation(dice=-1.0), "must not be negative"),
+        (lambda: losses.Segmentation(0.0, 0.0, 0.0, 0.0), "one must be positive"),
+        (lambda: metrics.top_k(LOGITS, LABELS), r"must be \(n, C\)"),
+        (lambda: metrics.top_k(LOGITS[0], LABELS[0, :6], 5), "`k` must lie"),
+        (lambda: metrics.top_k(LOGITS[0], np.ones(6)), "`labels` must be integers"),
         (lambda: losses.dice(LOGITS, LABELS[:3]), "one axis of classes more"),
         (lambda: losses.cross_entropy(LOGITS, LABELS.astype(float)), "`labels` must be integers"),
         (lambda: losses.iou(LOGITS, LABELS, smoothing=0.0), "`smoothing`"),

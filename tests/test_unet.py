@@ -95,7 +95,7 @@ def test_fine_tuning_moves_the_last_blocks_only():
         (lambda: made(1, 3, residual=True), "as many outputs"),
         (lambda: made()(jnp.ones((2, 8, 8))), "`x` must have 2 axes"),
         (lambda: made(2, 1)(jnp.ones((8, 8))), "2 channels last"),
-        (lambda: jb.nets.ResNet, "no attribute 'ResNet'"),
+        (lambda: jb.nets.VGG, "no attribute 'VGG'"),
     ],
 )
 def test_bad_input(build, words):

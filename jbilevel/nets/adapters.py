@@ -14,12 +14,13 @@ def from_flax(model, variables=None) -> tuple[Callable, Any]:
     Args:
       model: an ``nnx.Module``, or a Linen module together with its ``variables`` from ``model.init``.
       variables: Linen only. Collections other than "params" (batch statistics) are kept as constants of f, as is all
-        nnx state that is not an ``nnx.Param``: put modules that update such state into evaluation mode first.
+        nnx state that is not an ``nnx.Param``: modules that update such state have to be in evaluation mode.
 
     Make f once: a new f is a new function to jit, and compiles again.
 
     Raises:
       ImportError: flax is not installed. TypeError: not a Flax module, or Linen without variables.
+      ValueError: an nnx module would normalise with statistics of the batch, or drop out at random.
     """
     try:
         from flax import linen, nnx
@@ -32,6 +33,13 @@ def from_flax(model, variables=None) -> tuple[Callable, Any]:
         return (lambda params, *inputs: model.apply({"params": params, **fixed}, *inputs)), variables["params"]
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` must be a flax.nnx or flax.linen module, got {type(model).__name__}.")
+    for path, module in nnx.iter_modules(model):
+        if not (getattr(module, "use_running_average", True) and getattr(module, "deterministic", True)):
+            name = "/".join(map(str, path))
+            raise ValueError(
+                f"{type(module).__name__} at {name!r} is in training mode, where the output depends on the rest of the "
+                "batch or on chance; call model.eval() first."
+            )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     return (lambda params, *inputs: nnx.merge(graph, params, rest)(*inputs)), params
 

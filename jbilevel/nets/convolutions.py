@@ -11,7 +11,9 @@ import jax.numpy as jnp
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("jb.nets.LPD and jb.nets.UNet need flax: pip install 'jbilevel[nets]'.") from error
+    raise ImportError(
+        "jb.nets.LPD, jb.nets.UNet and jb.nets.ResNet need flax: pip install 'jbilevel[nets]'."
+    ) from error
 
 WEIGHTS = ("xavier", "torch")
 

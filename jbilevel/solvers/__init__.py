@@ -21,6 +21,7 @@ from jbilevel.solvers.lbfgs import LBFGS as LBFGS
 from jbilevel.solvers.loop import solve_jitted, start_jitted
 from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
+from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
 from jbilevel.sparse import WeightedL1Problem
 

@@ -1,0 +1,53 @@
+"""Any optax optimiser as a lower-level solver, on the driver of `jbilevel.solvers.loop`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from jbilevel import trees
+from jbilevel.results import Work
+from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.loop import secant
+
+
+class OptaxState(NamedTuple):
+    x: Any
+    gradient: Any
+    residual: Any
+    curvature: Any
+    evaluations: Work
+    value: Any
+    memory: Any  # optax's state
+
+
+@dataclass(frozen=True)
+class Optax:
+    """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam (papers 0, 1).
+
+    For comparisons: the steps know no constant of the problem, and a rate that does not suit ends as MAX_STEPS,
+    STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve.
+    """
+
+    optimizer: optax.GradientTransformation
+
+    patience = 1000
+
+    def init(self, view, x0, target) -> OptaxState:
+        value, gradient = view.value_and_gradient(x0)
+        residual = trees.norm(gradient)
+        curvature, more = first_curvature(view, x0, gradient, residual)
+        work = Work.zero().plus(gradients=1 + more)
+        return OptaxState(x0, gradient, residual, curvature, work, value, self.optimizer.init(x0))
+
+    def step(self, view, state: OptaxState, target) -> OptaxState:
+        change, memory = self.optimizer.update(state.gradient, state.memory, state.x)
+        x = trees.cast_like(optax.apply_updates(state.x, change), state.x)
+        value, gradient = view.value_and_gradient(x)
+        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, x, gradient))
+        work = state.evaluations.plus(gradients=1)
+        memory = trees.cast_like(memory, state.memory)
+        return OptaxState(x, gradient, trees.norm(gradient), curvature, work, value, memory)

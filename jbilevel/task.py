@@ -1,0 +1,384 @@
+"""Reconstruction for a task: the lower level reconstructs, the upper level is the loss of what a network makes of it.
+
+min over theta (and leaves of T) of mean_i loss(T(x_hat_i(theta)), s_i), x_hat_i(theta) the solution of any lower-level
+problem for the measurement y_i alone; s_i are labels (papers 0 and 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jbilevel import explicit, implicit, nonsmooth, piggyback
+from jbilevel.alternating import Alternating
+from jbilevel.first_order import FirstOrder
+from jbilevel.fit import FitResult, fit
+from jbilevel.maid import MAID
+from jbilevel.partition import combine, partition
+from jbilevel.problems import require_hashable, trace_scalar, validate_arrays
+from jbilevel.results import check
+from jbilevel.saddle import SaddleProblem
+from jbilevel.solvers import solve
+from jbilevel.sparse import WeightedL1Problem
+from jbilevel.variational import image_of
+
+FROZEN = "frozen"  # where the leaves of the network that do not learn are in a batch
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """loss(T(x_hat(theta)), labels) of one sample, as the parts from which `task_adapted` is made.
+
+    ``params = {"regularizer": theta, "task": the leaves of T that learn, None elsewhere}``; the other leaves travel in
+    ``data["frozen"]``, unseen by methods. A pipeline is itself the upper-level loss ``(params, x, data) -> scalar``.
+
+    Args: as for `task_adapted`.
+
+    Attributes:
+      lower: the problem with ``params["regularizer"]`` as its parameters, and of the data only what is ``measured``, so
+        that neither labels nor clean images can reach it.
+    """
+
+    problem: Any
+    task: Callable
+    loss: Callable
+    image: Callable | None = None
+    measured: str | tuple[str, ...] = ("y",)
+    labels: str = "labels"
+
+    def __post_init__(self):
+        for name in ("task", "loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a function, got {type(getattr(self, name)).__name__}.")
+        if not hasattr(self.problem, "at"):
+            kind = type(self.problem).__name__
+            raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {kind}.")
+        if self.labels in self._keys():
+            raise ValueError(f"`measured` {self.measured!r} must not hold the labels {self.labels!r}.")
+        require_hashable(self)
+
+    def _keys(self) -> tuple[str, ...]:
+        return (self.measured,) if isinstance(self.measured, str) else tuple(self.measured)
+
+    @property
+    def lower(self):
+        functions = {f.name: getattr(self.problem, f.name) for f in fields(self.problem)}
+        inner = {name: _Inner(v, self.measured) for name, v in functions.items() if callable(v)}
+        return replace(self.problem, **inner)
+
+    def picture(self, x):
+        """What the task sees of a lower-level solution."""
+        if self.image is not None:
+            return self.image(x)
+        return image_of(x) if isinstance(self.problem, SaddleProblem) else x
+
+    def output(self, task_params, x, data):
+        """T of a picture, with ``task_params`` the leaves that learn."""
+        return self.task(combine(task_params, data[FROZEN]), x)
+
+    def __call__(self, params, x, data):
+        return self.loss(self.output(params["task"], self.picture(x), data), data[self.labels])
+
+    def split(self, regularizer, task_params, finetune=None):
+        """(params, frozen leaves) from theta and all parameters of T; ``finetune`` as for `partition`, None: nothing.
+
+        Raises: ValueError: ``finetune`` selects nothing.
+        """
+        if finetune is None:
+            return {"regularizer": regularizer, "task": jax.tree.map(lambda _: None, task_params)}, task_params
+        try:
+            trainable, frozen = partition(task_params, finetune)
+        except ValueError as error:
+            raise ValueError(f"`finetune` does not fit the task network: {error}") from error
+        return {"regularizer": regularizer, "task": trainable}, frozen
+
+    def oracle(self, names, **settings):
+        """The oracle that suits the problem, for batches with the entries ``names``; ``settings`` are its own.
+
+        `implicit.Oracle` of smooth problems, `piggyback.Oracle` of saddle points, `nonsmooth.Oracle` of weighted l1.
+        """
+        axes = {name: None if name == FROZEN else 0 for name in names}
+        kinds = {SaddleProblem: piggyback.Oracle, WeightedL1Problem: nonsmooth.Oracle}
+        kind = next((kinds[c] for c in kinds if isinstance(self.problem, c)), implicit.Oracle)
+        return kind(self.lower, self, in_axes=axes, **settings)
+
+    def inspect(self, params, batch) -> None:
+        """Say at once what would otherwise end in NaN or in a hypergradient of zero.
+
+        Raises:
+          ValueError: an entry is missing; the loss of a sample is not finite at its cold start, such as for labels that
+            are no class.
+          TypeError: the task does not trace, returns no floats, or has no derivative.
+
+        Warns where the loss does not depend on the reconstruction.
+        """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}."
+            )
+        for name in (*self._keys(), self.labels):
+            if name not in batch:
+                there = sorted(_samples(batch))
+                raise ValueError(
+                    f"the batch has no entry {name!r}, only {there}; name yours in `measured` and `labels`."
+                )
+        validate_arrays(batch, "batch")
+        x = self.oracle(batch).init(params, batch).x
+        one, first = jax.tree.map(lambda v: v[0], (_samples(batch), x))
+        logits = self._traced(params, first, one | {FROZEN: batch[FROZEN]})
+        values, slopes = jax.device_get(_first(self, params, x, batch))
+        if not np.isfinite(values).all():
+            raise ValueError(self._why_not_finite(int(np.argmin(np.isfinite(values))), values, logits, batch))
+        if not np.any(slopes):
+            warnings.warn(
+                "the loss does not change with the reconstruction, where solves start, so the hypergradient of the "
+                "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops "
+                "gradients.",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
+
+    def _traced(self, params, x, sample):
+        """Shapes of T(x) for one sample, after making sure that it and the loss can be differentiated."""
+        picture = jax.eval_shape(self.picture, x)
+        try:
+            logits = jax.eval_shape(self.output, params["task"], picture, sample)
+        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+            raise TypeError(f"`task` cannot be differentiated, write it in JAX: {_first_line(error)}") from error
+        for leaf in jax.tree.leaves(logits):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise TypeError(f"`task` returns {leaf.dtype}, which has no derivative: return logits, not classes.")
+        trace_scalar(self, "the loss of the task", params, x, sample)
+        try:
+            jax.eval_shape(jax.grad(lambda x: self(params, x, sample)), x)
+        except Exception as error:
+            raise TypeError(f"`task` or `loss` cannot be differentiated: {_first_line(error)}") from error
+        return logits
+
+    def _why_not_finite(self, i: int, values, logits, batch) -> str:
+        labels = np.asarray(batch[self.labels])[i] if hasattr(batch[self.labels], "shape") else None
+        shape = getattr(logits, "shape", None)
+        if labels is not None and shape is not None and np.issubdtype(labels.dtype, np.integer):
+            classes = shape[-1] if shape[:-1] == labels.shape else 2
+            strange = np.unique(labels[(labels < 0) | (labels >= classes)])
+            if strange.size and (shape == labels.shape or shape[:-1] == labels.shape):
+                return (
+                    f"{self.labels!r} of sample {i} hold {strange[:5].tolist()}, but the task knows the classes 0 "
+                    f"to {classes - 1}; give the loss `ignore=` for pixels that do not count."
+                )
+        return f"the loss of sample {i} is {values[i]} before anything is learned; look at its measurement and labels."
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """A function of the lower level on the params and data of the whole pipeline."""
+
+    function: Callable
+    measured: str | tuple[str, ...]
+
+    def __call__(self, params, *rest):
+        if not rest:  # the weights of a weighted l1 problem depend on params alone
+            return self.function(params["regularizer"])
+        *between, data = rest
+        seen = data[self.measured] if isinstance(self.measured, str) else {name: data[name] for name in self.measured}
+        return self.function(params["regularizer"], *between, seen)
+
+    def check(self, params) -> None:
+        getattr(self.function, "check", lambda params: None)(params["regularizer"])
+
+
+@dataclass(frozen=True)
+class _OnRegularizer:
+    projection: Callable
+
+    def __call__(self, params):
+        return params | {"regularizer": self.projection(params["regularizer"])}
+
+
+def _samples(batch) -> dict:
+    return {name: part for name, part in batch.items() if name != FROZEN}
+
+
+def _first_line(error) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@partial(jax.jit, static_argnums=0)
+def _first(pipeline: Pipeline, params, x, batch):
+    """Loss and largest derivative in x of every sample at its cold start, one sample after the other."""
+
+    def one(sample):
+        x, data = sample
+        value, slope = jax.value_and_grad(lambda x: pipeline(params, x, data | {FROZEN: batch[FROZEN]}))(x)
+        return value, jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(slope)]))
+
+    return jax.lax.map(one, (x, _samples(batch)))
+
+
+@dataclass(frozen=True, eq=False)
+class TaskAdapted:
+    """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`."""
+
+    regularizer: Any
+    task: Any
+    fit: FitResult
+    pipeline: Pipeline
+
+    def reconstruct(self, batch, *, tol=1e-3):
+        """Pictures of a batch of measurements; `ConvergenceError` where a solve fails. Labels are not needed."""
+        return reconstruct(self.pipeline, self.regularizer, batch, tol=tol)
+
+    def __call__(self, batch, *, tol=1e-3):
+        """What the task makes of them, such as logits."""
+        return jax.vmap(self.pipeline.task, (None, 0))(self.task, self.reconstruct(batch, tol=tol))
+
+
+def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=1e-3):
+    """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails."""
+    names = pipeline.measured
+    seen = batch[names] if isinstance(names, str) else {name: batch[name] for name in names}
+    x, info = jax.vmap(lambda data: solve(pipeline.problem, regularizer, data, tol=tol))(seen)
+    check(info)
+    return jax.vmap(pipeline.picture)(x)
+
+
+def rates(**optimizers) -> optax.GradientTransformation:
+    """One optax optimiser for each part of params: ``rates(regularizer=optax.adam(0.1), task=optax.adam(1e-3))``."""
+    return optax.multi_transform(optimizers, {name: name for name in optimizers})
+
+
+def task_adapted(
+    problem,
+    task: Callable,
+    loss: Callable,
+    *,
+    regularizer,
+    task_params,
+    batches,
+    steps: int,
+    finetune=None,
+    method: Callable = MAID,
+    projection: Callable | None = None,
+    alternate: optax.GradientTransformation | None = None,
+    task_steps: int = 1,
+    image: Callable | None = None,
+    measured: str | tuple[str, ...] = ("y",),
+    labels: str = "labels",
+    oracle: Mapping | None = None,
+    **settings,
+) -> TaskAdapted:
+    """Learn a regulariser, and leaves of a task network, for the task: only the loss of the task has to be given.
+
+    min over theta (and leaves of T) of mean_i loss(T(x_hat_i(theta)), labels_i), x_hat_i the solution of ``problem``
+    for the measurement of sample i. The gradient in theta goes through it (an adjoint solve), that of T is direct.
+
+    Args:
+      problem: any lower level: smooth, saddle point or weighted l1, e.g. from `variational`. It sees of the data only
+        the entries ``measured``: a mapping of these (what `variational` expects), or for one name its entry itself.
+      task: T, ``f(params, x) -> output`` of one sample, e.g. from `nets.from_flax`; modules with statistics of batches
+        or random numbers in evaluation mode.
+      loss: ``(output, labels) -> scalar`` of one sample, e.g. `losses.Segmentation`.
+      regularizer: theta to start from. task_params: all parameters of T.
+      batches: as for `fit`: a mapping of arrays with a leading sample axis, a function ``step -> mapping``, or an
+        iterator; with the measurements, the labels and whatever else (clean images are not read).
+      finetune: which leaves of T learn too, as for `partition`: ``(path, leaf) -> bool``, a tree of bools, or
+        ``UNet.last(2)``. None: T stays as it is.
+      method: ``(oracle) -> method``: `MAID`, `HOAG`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. Fine-tuning
+        wants learning rates of its own for T: `task.rates`, or ``alternate``.
+      projection: of theta onto a feasible set, e.g. ``R.project`` or a box, `prox.box`.
+      alternate: an optax optimiser of T. Each step then takes ``task_steps`` of its steps on the reconstructions as
+        they are, without any further lower-level solve, and one step of ``method`` in theta alone. None: ``method``
+        moves theta and T together.
+      image: ``x -> picture`` that the task sees, for unknowns that are not pictures; the image of a saddle point is
+        found by itself where `variational` made the problem.
+      oracle: settings of the oracle, such as ``{"correct": True, "solver": ...}``.
+      settings: of `fit`: callback, checkpoint, log, progress, ...
+
+    The first batch is looked at before anything is learned (see `Pipeline.inspect`).
+
+    Raises:
+      ValueError: ``finetune`` selects nothing; a batch lacks an entry; labels are no classes. TypeError: the task has
+        no derivative. Warns where the loss does not depend on the reconstruction.
+
+    Reference: Crockett & Fessler, Bilevel methods for image reconstruction, 2022 (IFT and HOAG, as in paper 0).
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> R = jb.regularizers.SmoothedTV(eps=0.1)
+    >>> found = jb.task_adapted(  # which pixels are bright?
+    ...     jb.variational(None, R), lambda net, x: net["slope"] * (x - 0.5), jb.losses.cross_entropy,
+    ...     regularizer=R.init(weight=0.01), task_params={"slope": jnp.array(8.0)},
+    ...     batches={"y": jnp.array([[[0.1, 0.9], [0.7, 0.6]]]), "labels": jnp.array([[[0, 1], [0, 1]]])}, steps=5)
+    >>> bool(found.fit.history["value"][-1] < found.fit.history["value"][0]), found.regularizer.shape
+    (True, (1,))
+    """
+    pipeline = Pipeline(problem, task, loss, image, measured, labels)
+    params, frozen = pipeline.split(regularizer, task_params, finetune)
+    if alternate is not None and finetune is None:
+        raise ValueError("`alternate` moves leaves of the task network: say which in `finetune`.")
+    first, batches = _with_frozen(batches, frozen)
+    pipeline.inspect(params, first)
+    joint = pipeline.oracle(first, **(oracle or {}))
+    feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
+    chosen = method(joint, **feasible)
+    if alternate is not None:
+        parts = {"x": 0, "labels": 0, FROZEN: None}
+        network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)
+        chosen = Alternating(joint, chosen, network, _Pictures(pipeline), task_steps)
+    result = fit(chosen, params, batches, steps=steps, **settings)
+    return TaskAdapted(result.params["regularizer"], combine(result.params["task"], frozen), result, pipeline)
+
+
+@dataclass(frozen=True)
+class _OnPictures:
+    """The loss of T on pictures that are there."""
+
+    pipeline: Pipeline
+
+    def __call__(self, task_params, data):
+        return self.pipeline.loss(self.pipeline.output(task_params, data["x"], data), data["labels"])
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What `Alternating` has to know: the batch of the network, and the batch with T at rest."""
+
+    pipeline: Pipeline
+
+    def seen(self, x, batch):
+        pictures = jax.vmap(self.pipeline.picture)(x)
+        return {"x": pictures, "labels": batch[self.pipeline.labels], FROZEN: batch[FROZEN]}
+
+    def rest(self, task_params, batch):
+        return batch | {FROZEN: combine(task_params, batch[FROZEN])}
+
+
+def _with_frozen(batches, frozen):
+    """(the first batch, batches) with the frozen leaves beside the samples."""
+
+    def extended(batch):
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}."
+            )
+        if FROZEN in batch:
+            raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
+        return dict(batch) | {FROZEN: frozen}
+
+    if callable(batches):
+        return extended(batches(0)), lambda step: extended(batches(step))
+    if isinstance(batches, Iterable) and not isinstance(batches, Mapping) and not hasattr(batches, "shape"):
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            raise ValueError("`batches` ended before the first step; give a fresh iterator with at least one batch.")
+        return extended(first), map(extended, itertools.chain([first], iterator))
+    full = extended(batches)
+    return full, full

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +58,18 @@ def trained(args, network, params, loss, batch: Callable, validation: dict, seed
     return best.params
 
 
+class Lowest:
+    """Callback of `fit`: keeps the parameters with the lowest training loss, as some methods may let it rise."""
+
+    def __init__(self, regularizer):
+        self.value, self.params, self.before = np.inf, None, regularizer
+
+    def __call__(self, step, state, info) -> None:
+        if info.value < self.value:  # at the regulariser before the step; the task moves first, if at all
+            self.value, self.params = info.value, {"regularizer": self.before, "task": state.params["task"]}
+        self.before = state.params["regularizer"]
+
+
 def mirrored(images, labels, rng):
     """Half of the images (and of their labels, where these are images too) from right to left."""
     turn = rng.random(len(images)) < 0.5
@@ -96,10 +109,19 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
     yield "TV with the best PSNR", {"weight": float(jnp.exp(best[0]))} | judged(task.params, behind(denoiser, best))
 
     hoag = partial(jb.HOAG, schedule="exponential", tol=tol, adjoint_tol=tol, projection=None)
-    learn = partial(
-        jb.task_adapted, task=task.network, loss=task.loss, task_params=task.params, batches=train, steps=args.steps,
-        oracle={"estimate": False},
-    )  # fmt: skip
+
+    def learn(problem, *, regularizer, **settings):
+        lowest = Lowest(regularizer)
+        found = jb.task_adapted(
+            problem, task.network, task.loss, regularizer=regularizer, task_params=task.params, batches=train,
+            steps=args.steps, oracle={"estimate": False}, callback=lowest, **settings,
+        )  # fmt: skip
+        best = jax.tree.map(
+            lambda new, old: old if new is None else new, lowest.params["task"], task.params,
+            is_leaf=lambda leaf: leaf is None,
+        )  # fmt: skip
+        return replace(found, regularizer=lowest.params["regularizer"], task=best)
+
     box = partial(_box, low=np.log(0.02 * sigma), high=np.log(20 * sigma))
     runs = {
         LEARNED[0]: partial(learn, denoiser, regularizer=best, method=hoag, projection=box),

@@ -146,6 +146,7 @@ def test_fine_tuning_moves_its_leaves_only(settings):
     assert not np.array_equal(found.regularizer, TV.init(weight=0.1))
 
 
+@pytest.mark.slow
 def test_learning_rates_are_those_of_their_groups():
     optimizer = rates(regularizer=optax.sgd(1e-2), task=optax.sgd(0.0))
     found = learned(finetune=head, method=partial(DESCEND, optimizer=optimizer), steps=1)
@@ -165,6 +166,7 @@ def test_projection_is_a_box_on_the_regularizer():
     assert not np.array_equal(found.task["head"]["slope"], NET["head"]["slope"])
 
 
+@pytest.mark.slow
 def test_alternating_is_joint_where_one_group_rests():
     slow = {"finetune": head, "steps": 3}
     joint = learned(method=partial(EXACTLY, optimizer=rates(regularizer=optax.sgd(0.3), task=optax.sgd(0.0))), **slow)
@@ -189,6 +191,7 @@ def test_alternating_and_joint_descent_find_the_same_minimum():
     assert output(joint) == pytest.approx(2.0, abs=1e-6) and output(turns) == pytest.approx(2.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_may_change_and_runs_resume(tmp_path):
     def batch(step):
         chosen = np.random.default_rng(step).permutation(3)[:2]
@@ -204,6 +207,7 @@ def test_batches_may_change_and_runs_resume(tmp_path):
     np.testing.assert_allclose(iterator.fit.history["value"], whole.fit.history["value"][:3], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_other_names_and_raw_measurements():
     problem = jb.SmoothProblem(
         lambda p, x, y: 0.5 * jnp.sum((x - y) ** 2) + TV(p, x), lambda p, y: y, strong_convexity=1.0

@@ -34,6 +34,7 @@ MODELS = {  # regulariser and loss; None is half the squared error
     **{f"learned, {sums} sums": (LEARNED[sums], None) for sums in LEARNED},
     **{f"learned, {sums} sums, by PSNR": (LEARNED[sums], shared.negative_psnr) for sums in LEARNED},
     "FoE": (FOE, None),
+    "FoE, by PSNR": (FOE, shared.negative_psnr),
 }
 RATE, WARM = 1e-2, 60  # Adam's step; iterations of each solve
 CURVED = {  # of LearnedTV, names of its fields
@@ -96,8 +97,11 @@ def adam(args, regularizer, loss, start, train, iterations: int):
 def learn(args, row: str, train, seed: int) -> dict:
     """What a row says about learning, with the params."""
     started = time.perf_counter()
-    (regularizer, loss), iterations = MODELS[row], WARM // 2 if row == "FoE" else WARM  # smooth: half are enough
-    start = regularizer.init() if row == "FoE" else regularizer.init(jax.random.key(seed), dtype=jnp.float32)
+    (regularizer, loss), iterations = (
+        MODELS[row],
+        WARM // 2 if row.startswith("FoE") else WARM,
+    )  # smooth: half are enough
+    start = regularizer.init() if row.startswith("FoE") else regularizer.init(jax.random.key(seed), dtype=jnp.float32)
     found = adam(args, regularizer, loss, start, train, iterations)
     if found.status == jb.FitStatus.FAILED:
         raise SystemExit(f"{row}: {found.message}")
@@ -105,33 +109,16 @@ def learn(args, row: str, train, seed: int) -> dict:
         "weight": _weight(found.params), "steps": found.steps, "seconds": time.perf_counter() - started,
         "compile": found.compile_seconds, "work": found.work / args.batch[0], "message": found.message,
         "value": np.round(found.history["value"], 5), "params": common.as_lists(found.params),
-        "learned at": common.commit(),
-    }  # fmt: skip
-
-
-def learned_earlier(path: Path) -> dict:
-    """What `learn` returned for (row, seed) in the run that wrote ``path``."""
-    rows = common.read_rows(path) if path.exists() else []
-    kept = ("weight", "steps", "seconds", "compile", "work", "message", "value", "params", "learned at")
-    return {
-        (row["case"]["row"], row["case"]["training seed"]): {
-            "learned at": row["commit"], **{key: v for key, v in row["figures"].items() if key in kept}
-        }
-        for row in rows if "params" in row["figures"]
     }  # fmt: skip
 
 
 def measure(args, recorder) -> None:
-    earlier = learned_earlier(recorder.path) if args.resume else {}
-    pending = {key for key in earlier if key[1] in args.training_seeds}
     train_images, test_images = shared.pictures(args.images)
     test = shared.noisy_crops(test_images, args.sizes[1], args.batch[1], [args.seed, 0])
 
     def record(row: str, quality, more: dict, seed=None) -> None:
         recorder.add({"row": row, "training seed": seed}, gains(quality, baseline) | more)
-        pending.discard((row, seed))
-        if not pending:  # before, the file is the only place that has what an earlier run learned
-            recorder.write()
+        recorder.write()
         print(f"{row}: gain {np.mean(quality - baseline):+.3f} dB", flush=True)
 
     weight, baseline = best_weight(TV, tv_at, test)
@@ -143,24 +130,31 @@ def measure(args, recorder) -> None:
         train = shared.noisy_crops(train_images, args.sizes[0], args.batch[0], [seed, 1])
         own_best = best_weight(TV, tv_at, train)[1]
         for row, (regularizer, _) in MODELS.items():
-            if row == "FoE" and seed != args.training_seeds[0]:
+            if row.startswith("FoE") and seed != args.training_seeds[0]:
                 continue
-            more = earlier.get((row, seed)) or learn(args, row, train, seed)
+            if recorder.kept({"row": row, "training seed": seed}):
+                continue
+            more = learn(args, row, train, seed)
             params = common.as_arrays(more["params"])
             more["train gain"] = gains(shared.quality(regularizer, params, train), own_best)["gain"]
             record(row, shared.quality(regularizer, params, test), more, seed)
-            if row == "learned, equal sums" and seed == args.training_seeds[0]:
-                smooth(args, recorder, params, test)
+    smooth(args, recorder, test)
 
 
 def _weight(params) -> float | None:
     return float(np.exp(params["log_weight"])) if "log_weight" in params else None
 
 
-def smooth(args, recorder, params, test) -> None:
+def smooth(args, recorder, test) -> None:
     """The curved variants on the learned filters: change of PSNR, and distance from the solution over iterations."""
+    modes = {"exact": {}, **CURVED}
+    modes = {name: v for name, v in modes.items() if not recorder.kept({"row": "strongly convex", "mode": name})}
+    if not modes:
+        return
+    row = next(row for row in common.read_rows(recorder.path) if row["case"]["row"] == "learned, equal sums")
+    params = common.as_arrays(row["figures"]["params"])
     exact = shared.denoised(LEARNED["equal"], params, test["y"])
-    for name, options in {"exact": {}, **CURVED}.items():
+    for name, options in modes.items():
         regularizer = replace(LEARNED["equal"], **options)
         images = shared.denoised(regularizer, params, test["y"]) if options else exact
         change = gains(shared.psnr(images, test), shared.psnr(exact, test))
@@ -172,6 +166,7 @@ def smooth(args, recorder, params, test) -> None:
             "image change": np.sqrt(np.mean((images - exact) ** 2)), "distances": distances, "stride": STRIDE,
         }  # fmt: skip
         recorder.add({"row": "strongly convex", "mode": name}, figures)
+        recorder.write()
         print(f"{name}: change {change['gain']:+.4f} dB, distance {distances[-1]:.1e}", flush=True)
 
 
@@ -290,13 +285,10 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
     shared.save(figure, folder, "paper3_filters.png")
 
     clean, noisy = shared.photograph()
-    models = {
-        "TV": (TV, tv_at(first["TV"]["weight"])), "Condat": (CONDAT, condat_at(first["Condat"]["weight"])),
-        "learned, equal sums": (LEARNED["equal"], learned["equal"]),
-        "learned, free sums": (LEARNED["free"], learned["free"]),
-    }  # fmt: skip
-    if "FoE" in first:
-        models["FoE"] = FOE, common.as_arrays(first["FoE"]["params"])
+    models = {"TV": (TV, tv_at(first["TV"]["weight"])), "Condat": (CONDAT, condat_at(first["Condat"]["weight"]))}
+    for name, (regularizer, _) in MODELS.items():
+        if name in first and f"{name}, by PSNR" not in first:
+            models[name] = regularizer, common.as_arrays(first[name]["params"])
     shown = {"clean": clean, "noisy": np.asarray(noisy)}
     for name, (regularizer, params) in models.items():
         shown[name] = shared.denoised(regularizer, params, noisy[None], residual=1e-4)[0]
@@ -316,7 +308,6 @@ def main(argv=None) -> None:
             "sizes": [16, 16], "batch": [2, 2], "steps": 2, "training_seeds": [0], "iterations": 200,
         },
     )  # fmt: skip
-    options.add_argument("--resume", action="store_true", help="take params from the rows that an earlier run wrote")
     options.add_argument("--steps", type=int, help="updates of the filters")
     options.add_argument("--training-seeds", nargs="+", type=int, help="of training crops, noise and first filters")
     options.add_argument("--iterations", type=int, help="over which the convergence of the curved modes is followed")

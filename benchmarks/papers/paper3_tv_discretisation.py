@@ -97,11 +97,9 @@ def adam(args, regularizer, loss, start, train, iterations: int):
 def learn(args, row: str, train, seed: int) -> dict:
     """What a row says about learning, with the params."""
     started = time.perf_counter()
-    (regularizer, loss), iterations = (
-        MODELS[row],
-        WARM // 2 if row.startswith("FoE") else WARM,
-    )  # smooth: half are enough
-    start = regularizer.init() if row.startswith("FoE") else regularizer.init(jax.random.key(seed), dtype=jnp.float32)
+    (regularizer, loss), experts = MODELS[row], row.startswith("FoE")
+    iterations = WARM // 2 if experts else WARM  # smooth: half of them are enough
+    start = regularizer.init() if experts else regularizer.init(jax.random.key(seed), dtype=jnp.float32)
     found = adam(args, regularizer, loss, start, train, iterations)
     if found.status == jb.FitStatus.FAILED:
         raise SystemExit(f"{row}: {found.message}")

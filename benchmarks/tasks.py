@@ -108,7 +108,8 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
     best = pictures.best_tv(denoiser, train, sigma * WEIGHTS, tol=max(tol, 1e-3))
     yield "TV with the best PSNR", {"weight": float(jnp.exp(best[0]))} | judged(task.params, behind(denoiser, best))
 
-    hoag = partial(jb.HOAG, schedule="exponential", tol=tol, adjoint_tol=tol, projection=None)
+    # its own first step, one unit of the logarithm, overshoots from a start this good
+    hoag = partial(jb.HOAG, schedule="exponential", tol=tol, adjoint_tol=tol, step_size=0.3)
 
     def learn(problem, *, regularizer, **settings):
         lowest = Lowest(regularizer)

@@ -25,6 +25,7 @@ def direct(x, kernel, boundary):
     return sum(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: str(k.shape))
 @pytest.mark.parametrize("boundary", ["periodic", "symmetric", "zero"])
 def test_is_the_sum_of_its_definition(boundary, kernel):
@@ -51,6 +52,7 @@ def test_float32_is_as_accurate_as_float32():
     np.testing.assert_allclose(out, direct(IMAGE, KERNELS[0], "symmetric"), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", ["periodic", "symmetric", "zero", "valid"])
 def test_norm(boundary):
     for kernel in (KERNELS[0], np.abs(KERNELS[2])):

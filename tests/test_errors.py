@@ -84,6 +84,7 @@ def above_rounding(found: Found, floor=1e-10):
     return found.grad_error > floor
 
 
+@pytest.mark.slow
 def test_estimates_are_the_true_errors(plain):
     ratios = np.concatenate([f.estimate[above_rounding(f)] / f.grad_error[above_rounding(f)] for f in plain])
     assert ratios.size >= 40

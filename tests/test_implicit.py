@@ -184,6 +184,7 @@ def test_jvp_of_gradient_agrees_with_differences_of_the_gradient():
     assert relative(slope, hessian_by_differences() @ direction) <= 1e-7
 
 
+@pytest.mark.slow
 def test_batched_gradients_equal_single_ones():
     value, gradient = coupled()
     single = np.stack([gradient(POINT, y) for y in Y])

@@ -53,6 +53,7 @@ def direct(kernels, z):
     return np.stack([sum(correlate2d(c, k, "valid") for c, k in zip(z, bank, strict=True)) for bank in kernels])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 2, 3, 3), (2, 3, 4, 4), (2, 2, 11, 11)], ids=["patches", "product", "Fourier"])
 def test_correlate_and_its_adjoints(shape):
     kernels, z = rng.standard_normal(shape), rng.standard_normal((shape[1], 17, 14))
@@ -79,6 +80,7 @@ def test_composed_filters_respond_as_the_layers_do():
     np.testing.assert_allclose(filters.correlate(bank[:, None], x[None]), z, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", filters.BOUNDARIES)
 @pytest.mark.parametrize("size", [3, 6])
 def test_spectral_bound_is_a_bound_and_nearly_met(boundary, size):

@@ -219,6 +219,7 @@ def test_one_compilation_for_all_tolerances_and_limits(solver):
     assert function._cache_size() == 1
 
 
+@pytest.mark.slow
 @SOLVERS
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("tol", [1e-2, 1e-7, 1e-20])

@@ -116,7 +116,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [case if case.startswith(("plain", "subsets,")) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case == "plain" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_equals_numpy(case):
     settings, reference = CASES[case]
@@ -141,6 +141,7 @@ def test_equals_numpy_in_single_precision(case):
 # ------------------------------------------------------------------------------------------------------ the family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"), [("adler-oktem", 251_980), ("thesis", 683_232), ("thesis-mnist", 102_920), ("pdnet", 50_396)]
 )

@@ -80,6 +80,7 @@ def test_ssim_of_equal_black_images_has_a_finite_gradient():
     assert np.all(np.isfinite(jax.grad(ssim)(black, black)))
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences():
     x, reference = pair((14, 15), "noise")
     direction = np.random.default_rng(2).standard_normal(x.shape)

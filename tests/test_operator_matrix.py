@@ -218,6 +218,7 @@ def test_dtype_and_jit(entry, dtype):
     np.testing.assert_allclose(jax.jit(A)(x), out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_entry
 def test_single_precision_session(entry):
     exact = np.asarray(entry.make()(draw(entry.in_shape)))
@@ -231,6 +232,7 @@ def test_single_precision_session(entry):
         assert abs(gap) <= 1e-6 * float(jnp.linalg.norm(out) * jnp.linalg.norm(y))
 
 
+@pytest.mark.slow
 @every_entry
 def test_vmap_over_any_axis(entry):
     A, batch = entry.make(), draw((3, *entry.in_shape))

@@ -152,6 +152,7 @@ def test_bad_sample_is_named_and_may_be_dropped(name):
     np.testing.assert_array_equal(np.isnan(hg.values), ~good)
 
 
+@pytest.mark.slow
 @EACH_KIND
 def test_one_compilation_for_all_tolerances_and_warm_starts(name):
     params, batch, weights, *_ = problem(QUADRATIC)

@@ -205,8 +205,9 @@ def test_nothing_is_certified_without_constants():
     assert not hg.certified
 
 
-@pytest.mark.parametrize("setup", [HUBER, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["huber", "experts"])
-@pytest.mark.parametrize("mode", ["sequential", pytest.param("simultaneous", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", [HUBER, EXPERTS], ids=["huber", "experts"])
+@pytest.mark.parametrize("mode", ["sequential", "simultaneous"])
 def test_estimates_and_corrections(setup, mode):
     """Estimate over true error within [0.5, 5] in 95 % of the cases; what a correction leaves is not underestimated."""
     plain = oracle(setup, image_loss, mode=mode)

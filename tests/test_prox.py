@@ -121,6 +121,7 @@ def test_is_a_prox_with_the_right_derivative(name):
     prox.check_prox(apply, jnp.zeros(shape), 0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_no_derivative_is_nan(name):
     apply, shape = EVERY[name]
@@ -134,6 +135,7 @@ def test_no_derivative_is_nan(name):
                 assert bool(jnp.all(jnp.isfinite(derivative)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_transformations_and_dtypes(name):
     apply, shape = EVERY[name]

@@ -83,6 +83,7 @@ def test_huber_tv_is_the_smooth_problem():
 KNOWN = {"both": {}, "primal": {"mu_dual": 0.0}, "dual": {"mu_primal": 0.0}, "none": {"mu_primal": 0.0, "mu_dual": 0.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerate", [False, True])
 @pytest.mark.parametrize("known", KNOWN)
 def test_steps_obey_the_norm_and_reach_the_solution(known, accelerate):

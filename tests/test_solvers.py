@@ -230,6 +230,7 @@ def test_weakly_convex_energy_reaches_a_minimum(solver):
     assert weakly_convex_energy(0.1, x, case.data) < 0.9 * weakly_convex_energy(0.1, case.data, case.data)
 
 
+@pytest.mark.slow
 @over(FAST)
 def test_curved_valley(solver):
     """Rosenbrock's function: the gradient norm grows for many steps while the energy falls. Not a stagnation."""

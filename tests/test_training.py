@@ -67,6 +67,7 @@ def test_average_is_the_mean_of_the_iterates():
         jb.FirstOrder(ORACLE, optax.sgd(0.1), average=1.0)
 
 
+@pytest.mark.slow
 def test_groups_are_clipped_apart_with_a_schedule():
     """The recipe of the guide: primal and dual networks clipped by themselves, one cosine schedule for both."""
 
@@ -137,6 +138,7 @@ def test_the_best_of_another_run_is_not_taken_up(tmp_path):
         jb.Validation(oracle, jnp.ones(1), every=0)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     method = jb.FirstOrder(ORACLE, optax.adam(1e-2))
     jb.fit(method, PARAMS, DATA, steps=1, checkpoint=tmp_path)

@@ -57,6 +57,7 @@ def test_the_transpose_is_exact(make):
     np.testing.assert_allclose(backward.T, forward, atol=1e-12 * forward.max())
 
 
+@pytest.mark.slow
 @every_geometry
 def test_subsets_and_batches(make):
     A = make()

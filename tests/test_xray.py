@@ -77,6 +77,7 @@ def test_norm_is_a_proven_bound_and_the_dot_test_agrees():
     assert max(dot_test(A)) < 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["square", "fan"])
 def test_subsets_with_a_traced_index(name):
     A, m = GEOMETRIES[name](), 3

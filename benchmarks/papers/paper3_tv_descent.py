@@ -32,7 +32,7 @@ MODELS = {  # as it is in the paper, and strongly convex-concave at the price of
 }
 CHECKPOINTS = 6  # per run, at geometrically growing work
 LATE = 0.5  # the part of the budget after which oscillation is looked for
-COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
+COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#000000")
 STYLES = (":", "-.", "--", "-")  # from the smallest eps
 
 

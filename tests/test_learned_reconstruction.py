@@ -21,7 +21,6 @@ def scans(rng, A, count):
     """Drawn abdomens and their analytic sinograms with photon noise."""
     phantoms = [jb.data.abdomen(rng).ellipses for _ in range(count)]
     images = np.stack([jb.data.raster(p, A.in_shape, pixel_size=PIXEL) for p in phantoms])
-    drawn = np.maximum(drawn, 0) * cylinder  # nothing sticks out, nothing is emptier than air
     exact = np.stack([jb.data.parallel_sinogram(p, A.angles, A.n_detectors, PIXEL) for p in phantoms])
     return {"x": jnp.asarray(images), "y": jnp.asarray(jb.data.poisson_transmission(rng, exact, 7e4))}
 

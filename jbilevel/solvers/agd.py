@@ -46,11 +46,8 @@ class AGD:
         return self.smoothness if self.smoothness is not None else view.constants.smoothness
 
     def init(self, view, x0, target) -> AGDState:
-        value, gradient = view.value_and_gradient(x0)
-        residual = trees.norm(gradient)
-        curvature, more = first_curvature(view, x0, gradient, residual, self.smoothness)
-        work = Work.zero().plus(gradients=1 + more)
-        return AGDState(x0, gradient, residual, curvature, work, value, x0, jnp.ones((), residual.dtype), curvature)
+        first = first_look(view, x0, self.smoothness)
+        return AGDState(*first, x0, jnp.ones_like(first.residual), first.curvature)
 
     def step(self, view, state: AGDState, target) -> AGDState:
         known = self._smoothness(view) is not None
@@ -88,6 +85,24 @@ class AGD:
             # mu = 0 would give the constant momentum 1, which does not converge
             beta = jnp.where(root > 0, (1 - root) / (1 + root), beta)
         return beta, following
+
+
+class Look(NamedTuple):
+    """The fields with which the states of the solvers for smooth energies begin."""
+
+    x: Any
+    gradient: Any
+    residual: Any  # norm of the gradient
+    curvature: Any  # L, or the largest secant along the way
+    evaluations: Work
+    value: Any
+
+
+def first_look(view, x0, smoothness=None) -> Look:
+    value, gradient = view.value_and_gradient(x0)
+    residual = trees.norm(gradient)
+    curvature, more = first_curvature(view, x0, gradient, residual, smoothness)
+    return Look(x0, gradient, residual, curvature, Work.zero().plus(gradients=1 + more), value)
 
 
 def first_curvature(view, x, gradient, residual, smoothness=None):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel import trees
 from jbilevel.results import Work
-from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.agd import first_look
 from jbilevel.solvers.loop import secant
 
 
@@ -71,14 +71,9 @@ class NonmonotoneAPG:
     patience = 500
 
     def init(self, view, x0, target) -> APGState:
-        value, gradient = view.value_and_gradient(x0)
-        residual = trees.norm(gradient)
-        curvature, more = first_curvature(view, x0, gradient, residual)
-        work = Work.zero().plus(gradients=1 + more)
-        one = jnp.ones_like(residual)
-        return APGState(
-            x0, gradient, residual, curvature, work, value, x0, x0, one, jnp.zeros_like(one), value, one, 1 / curvature
-        )
+        first = first_look(view, x0)
+        one = jnp.ones_like(first.residual)
+        return APGState(*first, x0, x0, one, jnp.zeros_like(one), first.value, one, 1 / first.curvature)
 
     def step(self, view, state: APGState, target) -> APGState:
         toward_z, away = state.t_previous / state.t, (state.t_previous - 1) / state.t

@@ -10,7 +10,7 @@ import optax
 
 from jbilevel import trees
 from jbilevel.results import Work
-from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.agd import first_look
 from jbilevel.solvers.loop import secant
 
 
@@ -48,11 +48,7 @@ class LBFGS:
         return optax.lbfgs(memory_size=self.memory, linesearch=search)
 
     def init(self, view, x0, target) -> LBFGSState:
-        value, gradient = view.value_and_gradient(x0)
-        residual = trees.norm(gradient)
-        curvature, more = first_curvature(view, x0, gradient, residual)
-        work = Work.zero().plus(gradients=1 + more)
-        return LBFGSState(x0, gradient, residual, curvature, work, value, self._method().init(x0))
+        return LBFGSState(*first_look(view, x0), self._method().init(x0))
 
     def step(self, view, state: LBFGSState, target) -> LBFGSState:
         def energy(x):

@@ -10,7 +10,7 @@ import optax
 
 from jbilevel import trees
 from jbilevel.results import Work
-from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.agd import first_look
 from jbilevel.solvers.loop import secant
 
 
@@ -37,11 +37,7 @@ class Optax:
     patience = 1000
 
     def init(self, view, x0, target) -> OptaxState:
-        value, gradient = view.value_and_gradient(x0)
-        residual = trees.norm(gradient)
-        curvature, more = first_curvature(view, x0, gradient, residual)
-        work = Work.zero().plus(gradients=1 + more)
-        return OptaxState(x0, gradient, residual, curvature, work, value, self.optimizer.init(x0))
+        return OptaxState(*first_look(view, x0), self.optimizer.init(x0))
 
     def step(self, view, state: OptaxState, target) -> OptaxState:
         change, memory = self.optimizer.update(state.gradient, state.memory, state.x)

@@ -3,10 +3,11 @@
 Slices in [0, 1] on a square of 256 mm, parallel beam, noise of standard deviation 2 on the line integrals as in the
 paper, and as many views per pixel across as its 200 at 512 x 512. Fields of experts and an input-convex network learn
 by Adam on hypergradients of their smooth energies, which piggyback gives too but takes longer for on a CPU; the experts
-also by MAID on piggyback, the network also as an adversarial regulariser. Weights of grids, the window of filtered
-backprojection, scales at the start and the best parameters of each run are chosen on training and validation slices;
-every learned energy is minimised to the same accuracy on the test slices. Full size, on a GPU: --device gpu --data FILE
---sizes 256 --views 200 --seconds 3600.
+also by MAID on piggyback, the network also as an adversarial regulariser. Learned primal-dual networks, which minimise
+no energy, are the paper's and one of six layers that starts as filtered backprojection. Weights of grids, the window of
+filtered backprojection, scales at the start and the best parameters of each run are chosen on training and validation
+slices; every learned energy is minimised to the same accuracy on the test slices. Full size, on a GPU: --device gpu
+--data FILE --sizes 256 --views 200 --seconds 3600.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
-from benchmarks import common
+from benchmarks import common, networks
 from benchmarks.papers import paper3_ct_page as page
 from jbilevel.operators.fbp import WINDOWS
 from jbilevel.variational import image_of
 
 NAME = "paper3_ct"
 TITLE = "Paper 3: computed tomography with learned convex regularisers"
-PARTS = ("classical", "maid", "experts", "network", "adversarial", "compared")
+PARTS = ("classical", "maid", "experts", "network", "adversarial", "primal-dual", "compared")
 WIDTH = 256.0  # of a slice, so that line integrals are those of the paper
 TV = jb.regularizers.TV()
 # responses of 0 beyond the border, which is air; psi_w with the paper's w
@@ -310,6 +312,18 @@ class Experiment:
         }  # fmt: skip
         self.row("ICNN, adversarial", partial(self.judges[ICNN], best.params), figures)
 
+    def primal_dual(self, name: str, net) -> None:
+        """Adam on the squared error, the average of the iterates that is best on the validation slices."""
+        f, start = jb.nets.from_flax(net)
+        reconstruct = lambda params, y: f(params, self.scans.norm * y)  # noqa: E731
+        params, figures = networks.trained(
+            self.args, lambda params, data: networks.LOSS(None, reconstruct(params, data["y"]), data), start,
+            self.scans, self.args.seed, min(4, self.args.batch[0]), steps=self.args.lpd_steps, rate=self.args.lpd_rate,
+        )  # fmt: skip
+        figures |= {"steps": self.args.lpd_steps, "seconds": figures["train_s"]}
+        run = jax.jit(jax.vmap(partial(reconstruct, params)))
+        self.row(name, lambda scan: np.asarray(run(scan["y"])), figures)
+
     def solvers(self, R, params) -> None:
         """Iterations of the saddle form for each balance of the steps, and the smooth form on the same slices."""
         scan = {k: v[:2] for k, v in self.scans.train.items()}
@@ -387,6 +401,11 @@ def measure(args, recorder) -> None:
         experiment.learned("ICNN, bilevel", ICNN, start, method, args.seconds, chosen=start_chosen)
     if "adversarial" in parts:
         experiment.adversarial()
+    if "primal-dual" in parts:
+        A, rngs = scans.operator.operator, nnx.Rngs(args.seed)
+        experiment.primal_dual("LPD, 2 layers", jb.nets.LPD.named("pdnet", operator=A, rngs=rngs))
+        deeper = jb.nets.LPD(A, rngs=rngs, layers=6, filter="hann", **networks.SMALL)
+        experiment.primal_dual("LPD, 6 layers", deeper)
     if "compared" in parts:
         experiment.hypergradients(first)
         experiment.solvers(FOE, first)
@@ -402,11 +421,11 @@ def main(argv=None) -> None:
         defaults={
             "dtype": ["float32"], "sizes": [64], "batch": [16], "validation": 8, "test": 16, "views": 25, "noise": 2.0,
             "seconds": 300.0, "every": 10, "patience": 12, "adversarial": 1000, "rate": 1e-2, "network_rate": 1e-3,
-            "limit": 1000, "ratios": (1.0, 3.0, 10.0, 30.0), "parts": PARTS,
+            "lpd_steps": 1000, "lpd_rate": 2e-3, "limit": 1000, "ratios": (1.0, 3.0, 10.0, 30.0), "parts": PARTS,
         },
         quick={
             "sizes": [16], "batch": [2], "validation": 1, "test": 2, "views": 10, "seconds": 0.1, "every": 1,
-            "adversarial": 10, "limit": 20, "ratios": (10.0,),
+            "adversarial": 10, "lpd_steps": 2, "limit": 20, "ratios": (10.0,),
         },
     )  # fmt: skip
     options.add_argument("--data", metavar="FILE", help="npz of `hu` (n, 256, 256) and `patient` (default: phantoms)")
@@ -420,6 +439,8 @@ def main(argv=None) -> None:
     options.add_argument("--adversarial", type=int, help="Adam steps of the adversarial network at most")
     options.add_argument("--rate", type=float, help="of Adam for the experts")
     options.add_argument("--network-rate", type=float, help="of Adam for the two networks")
+    options.add_argument("--lpd-steps", type=int, help="Adam steps of the learned primal-dual networks")
+    options.add_argument("--lpd-rate", type=float, help="greatest rate of Adam for them")
     options.add_argument("--parts", nargs="+", choices=PARTS, help="rows to measure; with --keep beside earlier ones")
     options.add_argument("--limit", type=int, help="of iterations in the scan of steps")
     options.add_argument("--ratios", nargs="+", type=float, help="of steps in that scan")

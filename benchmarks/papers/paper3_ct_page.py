@@ -11,9 +11,16 @@ import numpy as np
 
 from benchmarks import common
 
-ORDER = (("FBP, ram-lak", "TV"), ("TV", "FoE"), ("FoE", "ICNN, bilevel"), ("ICNN, adversarial", "ICNN, bilevel"))
+ORDER = (
+    ("FBP, ram-lak", "TV"),
+    ("TV", "FoE"),
+    ("FoE", "ICNN, bilevel"),
+    ("ICNN, adversarial", "ICNN, bilevel"),
+    ("ICNN, bilevel", "LPD, 2 layers"),
+)
 METHODS = (
     "FBP, ram-lak", "FBP, best window", "TV", "FoE, MAID on piggyback", "FoE", "ICNN, adversarial", "ICNN, bilevel",
+    "LPD, 2 layers", "LPD, 6 layers",
 )  # fmt: skip
 
 

@@ -104,12 +104,14 @@ class Pipeline:
     def oracle(self, names, **settings):
         """The oracle that suits the problem, for batches with the entries ``names``; ``settings`` are its own.
 
-        `implicit.Oracle` of smooth problems, `piggyback.Oracle` of saddle points, `nonsmooth.Oracle` of weighted l1.
+        `implicit.Oracle` of smooth problems, `piggyback.Oracle` of saddle points, `nonsmooth.Oracle` of weighted l1; all
+        samples at once unless ``chunk`` says how many, as XLA's derivatives of convolutions are some eight times slower
+        inside a loop on a CPU.
         """
         axes = {name: None if name == FROZEN else 0 for name in names}
         kinds = {SaddleProblem: piggyback.Oracle, WeightedL1Problem: nonsmooth.Oracle}
         kind = next((kinds[c] for c in kinds if isinstance(self.problem, c)), implicit.Oracle)
-        return kind(self.lower, self, in_axes=axes, **settings)
+        return kind(self.lower, self, in_axes=axes, **({"chunk": None} | settings))
 
     def inspect(self, params, batch) -> None:
         """Say at once what would otherwise end in NaN or in a hypergradient of zero.
@@ -299,7 +301,7 @@ def task_adapted(
         moves theta and T together.
       image: ``x -> picture`` that the task sees, for unknowns that are not pictures; the image of a saddle point is
         found by itself where `variational` made the problem.
-      oracle: settings of the oracle, such as ``{"correct": True, "solver": ...}``.
+      oracle: settings of the oracle, such as ``{"correct": True, "solver": ..., "chunk": 8}`` to hold 8 samples at a time.
       settings: of `fit`: callback, checkpoint, log, progress, ...
 
     The first batch is looked at before anything is learned (see `Pipeline.inspect`).

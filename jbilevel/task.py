@@ -104,9 +104,9 @@ class Pipeline:
     def oracle(self, names, **settings):
         """The oracle that suits the problem, for batches with the entries ``names``; ``settings`` are its own.
 
-        `implicit.Oracle` of smooth problems, `piggyback.Oracle` of saddle points, `nonsmooth.Oracle` of weighted l1; all
-        samples at once unless ``chunk`` says how many, as XLA's derivatives of convolutions are some eight times slower
-        inside a loop on a CPU.
+        `implicit.Oracle` of smooth problems, `piggyback.Oracle` of saddle points, `nonsmooth.Oracle` of weighted l1.
+        Without ``chunk`` it takes all samples at once: on a CPU, XLA's derivatives of convolutions are some eight times
+        slower inside a loop.
         """
         axes = {name: None if name == FROZEN else 0 for name in names}
         kinds = {SaddleProblem: piggyback.Oracle, WeightedL1Problem: nonsmooth.Oracle}
@@ -301,7 +301,8 @@ def task_adapted(
         moves theta and T together.
       image: ``x -> picture`` that the task sees, for unknowns that are not pictures; the image of a saddle point is
         found by itself where `variational` made the problem.
-      oracle: settings of the oracle, such as ``{"correct": True, "solver": ..., "chunk": 8}`` to hold 8 samples at a time.
+      oracle: settings of the oracle, such as ``{"correct": True, "solver": ...}``; ``{"chunk": 8}`` holds 8 samples
+        of a batch in memory at a time.
       settings: of `fit`: callback, checkpoint, log, progress, ...
 
     The first batch is looked at before anything is learned (see `Pipeline.inspect`).

@@ -4,6 +4,7 @@ Every network starts as the best filtered backprojection and trains by the same 
 average of the iterates that is best on validation data. Drawn abdomens have closed-form line integrals; real slices
 (--data) are measured on the finer grid that they have and split by patient. Digits (--digits) are measured without
 noise by the operator that reconstructs them, as in the thesis, and scikit-learn's, enlarged, stand in for MNIST.
+Volumes (--rows volumes) are seen by a cone beam, and filtered backprojection is that of Feldkamp, Davis and Kress.
 PSNR and SSIM take the range 2 for densities relative to water and 1 for digits; "CPU" counts the time of all
 cores, that of training with compilation.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,6 +29,9 @@ NAME = "paper1_ct"
 TITLE = "Paper 1: learned primal-dual reconstruction, LSPD and sketched LSPD"
 TV = jb.regularizers.SmoothedTV(eps=0.003)
 TV_WEIGHTS = tuple(1e-3 * 2.0**k for k in range(-2, 3))
+CASE = ("data", "size", "views", "photons")
+VOLUMES = "volumes of a cone beam"
+VOLUME = {"memory": (2, 2), "width": 8}  # a network for volumes
 GAIN, LOSS_OF_SUBSETS = 3.0, 0.5  # dB: LPD over the best filter, LSPD under LPD
 
 
@@ -58,7 +63,8 @@ def compared(args, recorder, data: networks.Scans, case: dict, models: dict, *, 
     if tv:
         add("TV, best weight", *total_variation(args, data))
     for name, settings in models.items():
-        net = jb.nets.LPD(A, rngs=nnx.Rngs(seed), layers=args.layers, filter=window, **networks.SMALL, **settings)
+        settings = networks.SMALL | {"layers": args.layers, "filter": window} | settings
+        net = jb.nets.LPD(A, rngs=nnx.Rngs(seed), **settings)
         f, params = jb.nets.from_flax(net)
         loss = lambda params, data, f=f: networks.LOSS(None, f(params, data["y"]), data)  # noqa: E731
         params, figures = networks.trained(args, loss, params, data, seed, batch)
@@ -111,17 +117,19 @@ def _digits(path, count: int) -> np.ndarray:
 
 
 def render(rows: Sequence[dict]) -> str:
-    settings = rows[0]["settings"]
-    text = (
-        f"{settings['steps']} steps of {settings['batch'][0]} images, {settings['layers']} layers of width "
-        f"{networks.SMALL['width']}; mean ± standard deviation where there are several seeds.\n"
-    )
-    means = networks.gathered(rows, ("data", "size", "views", "photons", "method"))
+    text = "PSNR and SSIM as mean ± standard deviation where there are several seeds.\n"
+    means = networks.gathered(rows, (*CASE, "method"))
     for case in dict.fromkeys(key[:-1] for key in means):
         own = {key[-1]: v for key, v in means.items() if key[:-1] == case}
         data, size, views, photons = case
+        settings = next(r["settings"] for r in rows if all(r["case"][k] == v for k, v in zip(CASE, case, strict=True)))
         dose = "no noise" if photons is None else f"{photons:g} photons per ray"
-        text += f"\n**{data}, {size}², {views} views, {dose}**\n\n"
+        side = f"{size}³" if data == VOLUMES else f"{size}²"
+        batch = settings["digits_batch"] if photons is None else settings["batch"][0]  # digits have no noise
+        text += (
+            f"\n**{data}, {side}, {views} views, {dose}**: {settings['layers']} layers, {settings['steps']} steps of "
+            f"{batch} images\n\n"
+        )
         lines = [
             [
                 name, networks.spread(v["psnr"]), networks.spread(v["psnr_of_mean_mse"]), networks.spread(v["ssim"], 3),
@@ -160,6 +168,25 @@ def _met(holds) -> str:
     return "met" if holds else "NOT met"
 
 
+def measure(args, recorder) -> None:
+    for seed in args.seeds:
+        case = {"size": args.sizes[0], "views": args.views, "seed": seed}
+        for photons in args.photons:
+            draw = partial(np.random.default_rng, seed)
+            if {"networks", "tv"} & set(args.rows):
+                data = (networks.slices if args.data else networks.drawn)(args, photons, draw())
+                own = case | {"data": "real slices" if args.data else "drawn abdomens", "photons": photons}
+                models = family(args) if "networks" in args.rows else {}
+                compared(args, recorder, data, own, models, batch=args.batch[0], tv="tv" in args.rows, data_range=2.0)
+            if "volumes" in args.rows:
+                data, own = networks.volumes(args, photons, draw()), case | {"data": VOLUMES, "photons": photons}
+                compared(args, recorder, data, own, {"LPD": VOLUME}, batch=args.batch[0], data_range=2.0)
+        if "digits" in args.rows:
+            data = digits(args, np.random.default_rng(seed))
+            own = {"data": "MNIST" if args.digits else "enlarged digits", "size": 28, "views": 24, "photons": None}
+            compared(args, recorder, data, own | {"seed": seed}, {"LPD": {}}, batch=args.digits_batch, data_range=1.0)
+
+
 def main(argv=None) -> None:
     options = common.parser(
         __doc__,
@@ -171,11 +198,12 @@ def main(argv=None) -> None:
         quick={
             "sizes": [16], "batch": [2], "views": 8, "layers": 2, "steps": 2, "train": 4, "validation": 2, "test": 2,
             "train_digits": 4, "test_digits": 4, "repeats": 2, "digits_batch": 2,
+            "rows": ["networks", "tv", "digits", "volumes"],
         },
     )  # fmt: skip
     options.add_argument("--data", help="real slices: .npz with hu, patient and pixel_mm")
     options.add_argument("--digits", help="MNIST: folder of its idx files, or .npz with bytes under x")
-    options.add_argument("--rows", nargs="+", choices=("networks", "tv", "digits"), help="what to compare")
+    options.add_argument("--rows", nargs="+", choices=("networks", "tv", "digits", "volumes"), help="what to compare")
     options.add_argument("--seeds", type=int, nargs="+", help="of data, noise, first parameters and order")
     options.add_argument("--photons", type=float, nargs="+", help="per ray before the patient")
     for name, what in {
@@ -186,22 +214,7 @@ def main(argv=None) -> None:
     }.items():  # fmt: skip
         options.add_argument(f"--{name}", type=int, help=what)
     options.add_argument("--rate", type=float, help="greatest learning rate")
-    args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args, f"benchmarks/papers/{NAME}.py")
-    for seed in args.seeds:
-        for photons in args.photons if {"networks", "tv"} & set(args.rows) else ():
-            rng = np.random.default_rng(seed)
-            data = (networks.slices if args.data else networks.drawn)(args, photons, rng)
-            name = "real slices" if args.data else "drawn abdomens"
-            case = {"data": name, "size": args.sizes[0], "views": args.views, "photons": photons, "seed": seed}
-            models = family(args) if "networks" in args.rows else {}
-            compared(args, recorder, data, case, models, batch=args.batch[0], tv="tv" in args.rows, data_range=2.0)
-        if "digits" in args.rows:
-            data = digits(args, np.random.default_rng(seed))
-            name = "MNIST" if args.digits else "enlarged digits"
-            case = {"data": name, "size": 28, "views": 24, "photons": None, "seed": seed}
-            compared(args, recorder, data, case, {"LPD": {}}, batch=args.digits_batch, data_range=1.0)
-    print(render(recorder.rows))
+    common.run(f"papers/{NAME}", options, measure, render, argv=argv)
 
 
 if __name__ == "__main__":

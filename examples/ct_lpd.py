@@ -9,7 +9,7 @@ handwritten digits from idx files. --subsets and --sketch make the network stoch
 
 The network trains by the same two lines as any model here: `FirstOrder` on an `explicit.Oracle`, and `fit` with a
 checkpoint; run the command again with more --steps to go on. What is judged is the average of the iterates that is
-best on validation data. Writes a table and a figure to --out; about two minutes on two cores.
+best on validation data. Writes a table and a figure to --out; about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(argv=None):
     parser.add_argument("--validation", type=int, default=16)
     parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="images per step")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
     args = pictures.parsed(parser, argv)
     if args.dataset == "mnist" and args.data is None:

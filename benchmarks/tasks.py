@@ -1,8 +1,9 @@
 """What the benchmarks of paper 0 share: a network on clean images, and the rows of its table at one noise level.
 
 Rows: T* on clean images, on noisy ones, behind the total variation with the best PSNR on the training images, behind
-total variation learned for the task by HOAG, the same with the last layers of T* learning too, and behind ridge filters
-learned for the task by MAID.
+total variation learned for the task by HOAG, the same with the last layers of T* learning too, behind ridge filters
+learned for the task by MAID, and behind total variation with a weight for each pixel, from a small network that reads
+the noisy image and learns for the task by Adam.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import jbilevel as jb
 from benchmarks import common, networks
@@ -30,7 +32,7 @@ import task_adapted_segmentation as task_adapted_segmentation  # its drawn shape
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
 RIDGE = jb.regularizers.CRR(channels=(4, 16), sizes=(5, 5))
 WEIGHTS = np.geomspace(0.2, 8, 16)  # of total variation, in units of sigma
-LEARNED = ("HOAG, TV", "HOAG, TV and last layers", "MAID, ridge filters")
+LEARNED = ("HOAG, TV", "HOAG, TV and last layers", "MAID, ridge filters", "Adam, TV with a map of weights")
 
 
 class Task(NamedTuple):
@@ -43,6 +45,36 @@ class Task(NamedTuple):
     score: Callable
     train: dict  # "x" and "labels"
     test: dict
+
+
+@dataclass(frozen=True)
+class MappedTV:
+    """1/2 ||x - y||^2 + total variation whose logarithmic weights are a constant and what a network makes of y."""
+
+    network: Callable
+
+    @staticmethod
+    def init(weight, seed: int):
+        net = jb.nets.ConvNet(1, 1, dims=2, width=8, depth=3, kernel=5, zero_last=True, rngs=nnx.Rngs(seed))
+        network, params = jb.nets.from_flax(net)
+        return MappedTV(network), {"log_weight": weight, "network": params}
+
+    def _of(self, params, y):
+        change = self.network(params["network"], 5 * (y[..., None] - 0.5))[..., 0]
+        return jb.regularizers.WeightedTV(grid=y.shape, eps=TV.eps), params["log_weight"] + change
+
+    def energy(self, params, x, data):
+        R, weights = self._of(params, data["y"])
+        return 0.5 * jnp.sum((x - data["y"]) ** 2) + R(weights, x)
+
+    def smoothness(self, params, data):
+        R, weights = self._of(params, data["y"])
+        return 1 + R.bounds(weights).smoothness
+
+    def problem(self):
+        return jb.SmoothProblem(
+            self.energy, lambda params, data: data["y"], strong_convexity=1.0, smoothness=self.smoothness
+        )  # fmt: skip
 
 
 def trained(args, network, params, loss, batch: Callable, validation: dict, seed: int):
@@ -111,11 +143,11 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
     # its own first step, one unit of the logarithm, overshoots from a start this good
     hoag = partial(jb.HOAG, schedule="exponential", tol=tol, adjoint_tol=tol, step_size=0.3)
 
-    def learn(problem, *, regularizer, **settings):
+    def learn(problem, *, regularizer, steps=args.steps, **settings):
         lowest = Lowest(regularizer)
         found = jb.task_adapted(
             problem, task.network, task.loss, regularizer=regularizer, task_params=task.params, batches=train,
-            steps=args.steps, oracle={"estimate": False}, callback=lowest, **settings,
+            steps=steps, oracle={"estimate": False}, callback=lowest, **settings,
         )  # fmt: skip
         best = jax.tree.map(
             lambda new, old: old if new is None else new, lowest.params["task"], task.params,
@@ -123,6 +155,7 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
         )  # fmt: skip
         return replace(found, regularizer=lowest.params["regularizer"], task=best)
 
+    mapped, start = MappedTV.init(best[0], seed)
     box = partial(_box, low=np.log(0.02 * sigma), high=np.log(20 * sigma))
     runs = {
         LEARNED[0]: partial(learn, denoiser, regularizer=best, method=hoag, projection=box),
@@ -133,8 +166,12 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
         LEARNED[2]: partial(
             learn, ridge, regularizer=RIDGE.init(jax.random.key(seed), dtype=jnp.float32), method=jb.MAID,
         ),
+        LEARNED[3]: partial(
+            learn, mapped.problem(), regularizer=start, steps=3 * args.steps,
+            method=partial(jb.FirstOrder, optimizer=optax.adam(3e-3), tol=tol, adjoint_tol=tol),
+        ),
     }  # fmt: skip
-    for name, run in runs.items():
+    for name, run in ((name, run) for name, run in runs.items() if name in args.rows):
         cpu = time.process_time()
         found = run()
         history = found.fit.history
@@ -143,7 +180,7 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
             "compile_s": found.fit.compile_seconds, "work": found.fit.work, "steps": found.fit.steps,
             "largest_rise": float(np.max(np.diff(history["value"]), initial=-np.inf)), "status": int(found.fit.status),
         }  # fmt: skip
-        problem = ridge if found.pipeline.problem is ridge else denoiser
+        problem = found.pipeline.problem
         extra = {"weight": float(jnp.exp(found.regularizer[0]))} if problem is denoiser else {}
         yield name, extra | cost | split(found, train, tol) | judged(found.task, behind(problem, found.regularizer))
 
@@ -227,13 +264,14 @@ def main(name: str, description: str, make: Callable, scores: dict[str, str], *,
     """``make(args, seed) -> (name of the data, Task)``; ``options(parser)`` adds those of the data."""
     settings = {
         "dtype": ["float32"], "batch": [8], "train": 100, "test": 500, "sigmas": [0.1, 0.4, 0.8], "tols": [1e-5, 1e-3],
-        "seeds": [0, 1, 2], "steps": 20, "tune_rate": 1e-3, "tune_steps": 3,
+        "seeds": [0, 1, 2], "steps": 20, "rows": LEARNED, "tune_rate": 1e-3, "tune_steps": 3,
     }  # fmt: skip
     small = {"train": 3, "test": 4, "sigmas": [0.4], "tols": [1e-3], "seeds": [0], "steps": 2, "net_steps": 4}
     parser = common.parser(description, defaults=settings | defaults, quick=small | quick)
     parser.add_argument("--sigmas", type=float, nargs="+", help="noise levels for images in [0, 1]")
     parser.add_argument("--tols", type=float, nargs="+", help="of the lower level and of the adjoint")
     parser.add_argument("--seeds", type=int, nargs="+", help="of data, noise, network and order")
+    parser.add_argument("--rows", nargs="+", choices=LEARNED, help="of what is learned for the task")
     for option, what in {
         "train": "images to learn from", "test": "images to judge on", "steps": "bilevel steps",
         "net-steps": "of T* on clean images", "tune-steps": "of the last layers at each bilevel step",

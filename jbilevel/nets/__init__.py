@@ -1,4 +1,6 @@
-"""Networks as functions of a params pytree: adapters of Flax and Equinox, learned primal-dual, U-Net, ResNet."""
+"""Networks as functions of a params pytree: adapters, small convolutional ones, learned primal-dual, U-Net, ResNet."""
+
+from importlib import import_module
 
 from jbilevel.nets.adapters import from_equinox as from_equinox
 from jbilevel.nets.adapters import from_flax as from_flax
@@ -6,19 +8,11 @@ from jbilevel.nets.joint import JointLoss as JointLoss
 from jbilevel.nets.torch_files import load_torch as load_torch
 from jbilevel.nets.torch_files import read_torch as read_torch
 
+_NEED_FLAX = {"ConvNet": "convolutions", "LPD": "lpd", "ResNet": "resnet", "UNet": "unet"}  # name -> file
+
 
 def __getattr__(name: str):
     """The networks, which need flax, are imported when they are asked for."""
-    if name == "LPD":
-        from jbilevel.nets.lpd import LPD
-
-        return LPD
-    if name == "ResNet":
-        from jbilevel.nets.resnet import ResNet
-
-        return ResNet
-    if name == "UNet":
-        from jbilevel.nets.unet import UNet
-
-        return UNet
-    raise AttributeError(f"module 'jbilevel.nets' has no attribute {name!r}")
+    if name not in _NEED_FLAX:
+        raise AttributeError(f"module 'jbilevel.nets' has no attribute {name!r}")
+    return getattr(import_module(f"jbilevel.nets.{_NEED_FLAX[name]}"), name)

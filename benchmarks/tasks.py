@@ -30,7 +30,7 @@ import pictures
 import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for paper0_segmentation
 
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
-RIDGE = jb.regularizers.CRR(channels=(4, 16), sizes=(5, 5))
+RIDGE = jb.regularizers.CRR(channels=(8,), sizes=(5,))
 WEIGHTS = np.geomspace(0.2, 8, 16)  # of total variation, in units of sigma
 LEARNED = ("HOAG, TV", "HOAG, TV and last layers", "MAID, ridge filters", "Adam, TV with a map of weights")
 
@@ -143,11 +143,11 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
     # its own first step, one unit of the logarithm, overshoots from a start this good
     hoag = partial(jb.HOAG, schedule="exponential", tol=tol, adjoint_tol=tol, step_size=0.3)
 
-    def learn(problem, *, regularizer, steps=args.steps, **settings):
+    def learn(problem, *, regularizer, steps=args.steps, chunk=None, **settings):
         lowest = Lowest(regularizer)
         found = jb.task_adapted(
             problem, task.network, task.loss, regularizer=regularizer, task_params=task.params, batches=train,
-            steps=steps, oracle={"estimate": False}, callback=lowest, **settings,
+            steps=steps, oracle={"estimate": False, "chunk": chunk}, callback=lowest, **settings,
         )  # fmt: skip
         best = jax.tree.map(
             lambda new, old: old if new is None else new, lowest.params["task"], task.params,
@@ -165,6 +165,7 @@ def rows(args, task: Task, sigma: float, tol: float, seed: int):
         ),
         LEARNED[2]: partial(
             learn, ridge, regularizer=RIDGE.init(jax.random.key(seed), dtype=jnp.float32), method=jb.MAID,
+            chunk="auto",  # solves with filters suffer more from lockstep than T* does from a loop
         ),
         LEARNED[3]: partial(
             learn, mapped.problem(), regularizer=start, steps=3 * args.steps,

@@ -1,7 +1,9 @@
 """A small learned primal-dual network against filtered backprojection with its best filter, at the size of a test."""
 
-import dataclasses
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,10 @@ from flax import nnx
 
 import jbilevel as jb
 from jbilevel.operators.fbp import WINDOWS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import networks  # noqa: E402
 
 VIEWS, SIZE, PIXEL = 24, 64, 360 / 64
 LOSS = jb.losses.squared_error(mean=True)
@@ -54,32 +60,10 @@ def test_far_better_than_the_best_filter(settings):
     assert time.process_time() - started <= 120  # a minute on two cores
 
 
-def volumes(rng, A, count):
-    """Balls in a cylinder, drawn and measured on a grid twice as fine; coarse volumes and photon noise."""
-    fine = dataclasses.replace(A, in_shape=tuple(2 * n for n in A.in_shape), pixel_size=A.pixel_size / 2)
-    z, i, j = np.meshgrid(*(np.linspace(-1, 1, n) for n in fine.in_shape), indexing="ij")
-    cylinder = ((i**2 + j**2 < 0.7) & (abs(z) < 0.7)).astype(np.float32)
-    drawn = np.tile(cylinder, (count, 1, 1, 1))
-    for volume in drawn:
-        for _ in range(6):
-            at, r = rng.uniform(-0.45, 0.45, 3), rng.uniform(0.1, 0.3)
-            volume[(z - at[0]) ** 2 + (i - at[1]) ** 2 + (j - at[2]) ** 2 < r**2] += rng.uniform(-0.3, 0.3)
-    drawn = np.maximum(drawn, 0) * cylinder  # nothing sticks out, nothing is emptier than air
-    exact = np.stack([np.asarray(fine(jnp.asarray(volume))) for volume in drawn])
-    Z, H, W = A.in_shape
-    x = drawn.reshape(count, Z, 2, H, 2, W, 2).mean((2, 4, 6))
-    return {"x": jnp.asarray(x), "y": jnp.asarray(jb.data.poisson_transmission(rng, exact, 7e4))}
-
-
 @pytest.mark.slow
 def test_a_cone_beam_volume_from_thirty_views_is_far_better_than_feldkamp():
-    rng, size = np.random.default_rng(0), 16
-    angles = 2 * np.pi * np.arange(30) / 30
-    A = jb.operators.ConeBeam(
-        size, angles, (24, 32), source_origin=600.0, origin_detector=200.0, pixel_size=200 / size,
-        detector_size=360 / 32,
-    )  # fmt: skip
-    train, test = volumes(rng, A, 12), volumes(rng, A, 4)
+    args = SimpleNamespace(sizes=[16], views=30, train=12, validation=1, test=4)
+    A, train, _, test = networks.volumes(args, 7e4, np.random.default_rng(0))
     quality = lambda x: float(jb.metrics.mean_psnr(x, test["x"], 2.0))  # noqa: E731
     feldkamp = {name: quality(jnp.stack([A.fbp(y, name) for y in test["y"]])) for name in WINDOWS}
     window = max(feldkamp, key=feldkamp.get)

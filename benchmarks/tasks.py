@@ -213,13 +213,11 @@ def split(found: jb.TaskAdapted, train: dict, tol: float) -> dict[str, float]:
 
 def render(rows: Sequence[dict], scores: dict[str, str]) -> str:
     """``scores``: figure -> heading."""
-    settings = rows[0]["settings"]
-    text = (
-        f"Grey images, {settings['train']} to learn from and {settings['test']} to judge on; "
-        "mean ± standard deviation over seeds. Tolerances bound ‖x − x̂‖ of every image.\n"
-    )
+    text = "Grey images; mean ± standard deviation over seeds. Tolerances bound ‖x − x̂‖ of every image.\n"
     for data in dict.fromkeys(row["case"]["data"] for row in rows):
         own = [row for row in rows if row["case"]["data"] == data]
+        settings = own[0]["settings"]
+        text += f"\n**{data}**: {settings['train']} images to learn from, {settings['test']} to judge on\n\n"
         means = networks.gathered(own, ("row", "sigma", "tol"))
         header = ["", "σ", "tolerance", "training loss", "test loss", *scores.values(), "PSNR", "CPU s",
                   "lower / adjoint / network s", "seeds"]  # fmt: skip
@@ -231,7 +229,7 @@ def render(rows: Sequence[dict], scores: dict[str, str]) -> str:
             ]
             for (row, sigma, tol), v in means.items()
         ]  # fmt: skip
-        text += f"\n**{data}**\n\n" + common.table(header, lines) + "\n" + order(means, next(iter(scores)))
+        text += common.table(header, lines) + "\n" + order(means, next(iter(scores)))
     return text
 
 

@@ -161,14 +161,15 @@ def figures(found, test) -> dict[str, Any]:
 
 
 def render(rows: Sequence[dict]) -> str:
-    settings = rows[0]["settings"]
-    text = (
-        f"{settings['sizes'][0]}², {settings['views']} views, {settings['photons']:g} photons per ray; "
-        f"{settings['steps']} steps of {settings['batch'][0]} images; mean ± standard deviation over seeds.\n"
-    )
+    text = "Mean ± standard deviation over seeds.\n"
     means = networks.gathered(rows, ("data", "row", "weight", "scaling"))
     for data in dict.fromkeys(key[0] for key in means):
         own = {key[1:]: v for key, v in means.items() if key[0] == data}
+        settings = next(row["settings"] for row in rows if row["case"]["data"] == data)
+        text += (
+            f"\n**{data}**: {settings['sizes'][0]}², {settings['views']} views, {settings['photons']:g} photons per "
+            f"ray; {settings['steps']} steps of {settings['batch'][0]} images\n\n"
+        )
         lines = [
             [
                 row, "–" if weight is None else f"{weight:g}", scaling or "–", networks.spread(v["dice"], 3),
@@ -178,7 +179,7 @@ def render(rows: Sequence[dict]) -> str:
             for (row, weight, scaling), v in own.items()
         ]  # fmt: skip
         header = ["", "C", "scaling", "Dice", "pooled Dice", "task loss", "PSNR", "training CPU s", "seeds"]
-        text += f"\n**{data}**\n\n" + common.table(header, lines) + "\n" + order(own)
+        text += common.table(header, lines) + "\n" + order(own)
     return text
 
 

@@ -1,12 +1,19 @@
 """Networks as functions of a params pytree: adapters, small convolutional ones, learned primal-dual, U-Net, ResNet."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from jbilevel.nets.adapters import from_equinox as from_equinox
 from jbilevel.nets.adapters import from_flax as from_flax
 from jbilevel.nets.joint import JointLoss as JointLoss
 from jbilevel.nets.torch_files import load_torch as load_torch
 from jbilevel.nets.torch_files import read_torch as read_torch
+
+if TYPE_CHECKING:
+    from jbilevel.nets.convolutions import ConvNet as ConvNet
+    from jbilevel.nets.lpd import LPD as LPD
+    from jbilevel.nets.resnet import ResNet as ResNet
+    from jbilevel.nets.unet import UNet as UNet
 
 _NEED_FLAX = {"ConvNet": "convolutions", "LPD": "lpd", "ResNet": "resnet", "UNet": "unet"}  # name -> file
 

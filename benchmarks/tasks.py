@@ -261,13 +261,14 @@ def order(means: dict, score: str) -> str:
     for sigma, tol in dict.fromkeys(key[1:] for key in means):
         own = {row: v for (row, *at), v in means.items() if tuple(at) == (sigma, tol)}
         base, clean = own["TV with the best PSNR"], own["T* on clean images"]
-        for name in (n for n in LEARNED if n in own and len(own[n][score]) == len(base[score])):
-            fall, gain = (own[name][k] - base[k] for k in ("train_loss", score))
+        for name in (n for n in LEARNED if n in own):
+            count = len(own[name][score])  # a row may have fewer seeds, the first ones
+            fall, gain = (own[name][k] - base[k][:count] for k in ("train_loss", score))
             below = int(np.sum(fall < 0))
             text += (
                 f"- σ = {sigma:g}, tolerance {tol:g}, {name}: training loss {networks.spread(fall, 3)} against the "
-                f"best PSNR (below it for {below} of {len(fall)} seeds), {score} {networks.spread(gain, 3)}, "
-                f"{networks.spread(clean[score] - own[name][score], 3)} under clean images"
+                f"best PSNR (below it for {below} of {count} seeds), {score} {networks.spread(gain, 3)}, "
+                f"{networks.spread(clean[score][:count] - own[name][score], 3)} under clean images"
             )
             rise = own[name]["largest_rise"].max()
             text += f"; largest rise of the loss in a step {rise:.1e}.\n" if "MAID" in name else ".\n"

@@ -104,7 +104,7 @@ def main(argv=None):
     parser.add_argument("--validation", type=int, default=16)
     parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="images per step")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
     args = pictures.parsed(parser, argv)
     if args.dataset == "mnist" and args.data is None:

@@ -32,7 +32,7 @@ class Alternating:
       reconstruction: a method on ``{"regularizer": theta, "task": no leaf}``.
       task: a method on the task's leaves, over batches ``pictures.seen(x, batch)``.
       pictures: how a batch reaches the one, ``seen(x, batch)``, and the other, ``rest(task_params, batch)``.
-      task_steps: at least 1.
+      task_steps: at least 1; on a CPU each is compiled for itself, so that many take long to compile.
 
     ``info`` is that of the regulariser's step, its value that at (theta, t+); its work counts the network's too. It is
     ``done`` where that step is.

@@ -18,9 +18,9 @@ import numpy as np
 from jbilevel import errors, trees
 from jbilevel.oracle import BatchOracle, Points, Sample
 from jbilevel.problems import SmoothProblem, trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, guard
+from jbilevel.results import SolveInfo, Status, Warm, guard, raise_if_known
 from jbilevel.solvers import cg, default_solver, minres, require_tolerance
-from jbilevel.solvers.loop import run, start_jitted
+from jbilevel.solvers.loop import full_float32, run, start_jitted
 from jbilevel.solvers.mixed import refine
 
 ADJOINT_SOLVERS = {"cg": cg, "minres": minres}
@@ -176,6 +176,7 @@ def argmin(
     *,
     solver=None,
     on_failure: str = "raise",
+    with_info: bool = False,
     adjoint_solver: str = "cg",
     max_steps: int = 5000,
     max_products: int = 2000,
@@ -189,8 +190,10 @@ def argmin(
 
     Args:
       problem: `SmoothProblem`. solver: lower-level solver (the default when None).
-      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError`, or JAX's run-time error
-        with its message under jit), "nan", or "ignore".
+      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError` outside jit; under jit,
+        where nothing can be raised, NaN), "nan", or "ignore".
+      with_info: return ``(x, info)`` with the `SolveInfo` of the forward solve, so that a caller under jit sees its
+        status (`jbilevel.check` it outside).
       adjoint_solver: "cg" or "minres". max_steps, max_products: limits of the two solves.
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
@@ -205,11 +208,11 @@ def argmin(
     if adjoint_solver not in ADJOINT_SOLVERS:
         raise ValueError(f"`adjoint_solver` must be 'cg' or 'minres', got {adjoint_solver!r}.")
     solver = default_solver(problem) if solver is None else solver
-    return solution_map(_argmin, _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products))
+    return solution_map(_argmin, _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products), with_info)
 
 
-def solution_map(solve: Callable, spec) -> Callable:
-    """``solve(spec, params, data, x0, tol, adjoint_tol)`` behind the checks and the cold start of its problem."""
+def solution_map(solve: Callable, spec, with_info: bool) -> Callable:
+    """``solve(spec, params, data, x0, tol, adjoint_tol) -> (x, info)`` behind the checks and the cold start."""
     problem = spec.problem
     if spec.on_failure not in ("raise", "nan", "ignore"):
         raise ValueError(f"`on_failure` must be 'raise', 'nan' or 'ignore', got {spec.on_failure!r}.")
@@ -221,12 +224,14 @@ def solution_map(solve: Callable, spec) -> Callable:
         x0 = start if x0 is None else trees.cast_like(x0, start)
         adjoint_tol = tol if adjoint_tol is None else adjoint_tol
         tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
-        return solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        return (x, jax.lax.stop_gradient(info)) if with_info else x
 
     return solution
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
     solution = run(spec.solver, spec.problem.at(params, data), x0, tol, spec.max_steps)
     return solution.x, solution.info
@@ -234,19 +239,21 @@ def _forward_solve(spec: _Spec, params, data, x0, tol):
 
 def _hessian_solve(spec: _Spec, params, data, x, rhs, adjoint_tol):
     """H^{-1} rhs, itself differentiable in everything H depends on."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, data, x, rhs)))
-    q, info = _hessian_solve_jitted(spec, traced, params, data, x, rhs, adjoint_tol)
-    return q if traced else guard(q, info, spec.on_failure, _ADJOINT)
+    q, info = _hessian_solve_jitted(spec, params, data, x, rhs, adjoint_tol)
+    if spec.on_failure == "raise":
+        raise_if_known(info, _ADJOINT)
+    return q
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # without jit, an eager gradient would compile the loop at every call
-def _hessian_solve_jitted(spec: _Spec, guarded: bool, params, data, x, rhs, adjoint_tol):
+@partial(jax.jit, static_argnums=0)  # without jit, an eager gradient would compile the loop at every call
+@full_float32
+def _hessian_solve_jitted(spec: _Spec, params, data, x, rhs, adjoint_tol):
     product = spec.problem.at(params, data).linearize(x)[2]
 
     def solve(product, b):
         q, info = ADJOINT_SOLVERS[spec.adjoint_solver](product, b, tol=adjoint_tol, max_steps=spec.max_products)
-        # under a trace the check belongs to the solve itself: outside, it would be part of a map to be transposed
-        return (guard(q, info, spec.on_failure, _ADJOINT) if guarded else q), info
+        # NaN belongs to the solve itself: outside, it would be part of a map to be transposed
+        return guard(q, info, spec.on_failure, _ADJOINT), info
 
     return jax.lax.custom_linear_solve(product, rhs, solve, symmetric=True, has_aux=True)
 
@@ -256,16 +263,23 @@ def _hessian_solve_jitted(spec: _Spec, guarded: bool, params, data, x, rhs, adjo
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _root(spec: _Spec, params, data, x0, tol, adjoint_tol):
     x, info = _forward_solve(spec, params, data, x0, tol)
-    return guard(x, info, spec.on_failure, "the lower-level solve")
+    return guard(x, info, spec.on_failure, "the lower-level solve"), info
 
 
 @_root.defjvp
+@full_float32
 def _root_jvp(spec: _Spec, primals, tangents):
     params, data, x0, tol, adjoint_tol = primals
-    x = _root(spec, params, data, x0, tol, adjoint_tol)
+    x, info = _root(spec, params, data, x0, tol, adjoint_tol)
     gradient = lambda params, data: spec.problem.at(params, data).gradient(x)  # noqa: E731
     change = jax.jvp(gradient, (params, data), (tangents[0], tangents[1]))[1]
-    return x, trees.neg(_hessian_solve(spec, params, data, x, change, adjoint_tol))
+    moved = trees.neg(_hessian_solve(spec, params, data, x, change, adjoint_tol))
+    return (x, info), (moved, jax.tree.map(_constant, info))
+
+
+def _constant(leaf):
+    """The tangent of what is not differentiated."""
+    return jnp.zeros_like(leaf) if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,17 +288,18 @@ def _argmin(spec: _Spec, params, data, x0, tol, adjoint_tol):
 
 
 def _argmin_forward(spec: _Spec, params, data, x0, tol, adjoint_tol):
-    x = _root(spec, params, data, x0, tol, adjoint_tol)
-    return x, (params, data, x, adjoint_tol)
+    x, info = _root(spec, params, data, x0, tol, adjoint_tol)
+    return (x, info), (params, data, x, adjoint_tol)
 
 
-def _argmin_backward(spec: _Spec, kept, cotangent):
+def _argmin_backward(spec: _Spec, kept, cotangents):
     params, data, x, adjoint_tol = kept
-    q = _hessian_solve(spec, params, data, x, cotangent, adjoint_tol)
+    q = _hessian_solve(spec, params, data, x, cotangents[0], adjoint_tol)
     return *as_cotangents(_pull_back(spec, params, data, x, q), params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _pull_back(spec: _Spec, params, data, x, q):
     """-<d grad_x energy, q> for each leaf of (params, data), None for integer leaves."""
     return leaf_gradients(lambda *at: -spec.problem.at(*at).slope(x, q), params, data)
@@ -304,8 +319,7 @@ def leaf_gradients(function: Callable, params, data) -> list:
 def as_cotangents(gradients: list, params, data):
     """(params, data) with what `leaf_gradients` returned, and JAX's empty cotangents for integer leaves."""
     leaves, treedef = jax.tree.flatten((params, data))
-    empty = lambda leaf: np.zeros(jnp.shape(leaf), jax.dtypes.float0)  # noqa: E731
-    filled = [empty(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+    filled = [_constant(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
     return jax.tree.unflatten(treedef, filled)
 
 

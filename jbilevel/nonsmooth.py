@@ -26,7 +26,7 @@ from jbilevel.oracle import Points, Sample
 from jbilevel.problems import trace_scalar
 from jbilevel.results import SolveInfo, Status, Warm, acceptable, guard
 from jbilevel.solvers import ForwardBackward, cg
-from jbilevel.solvers.loop import run
+from jbilevel.solvers.loop import full_float32, run
 from jbilevel.sparse import Piece, SparseView, WeightedL1Problem
 
 BIACTIVE = ("none", "all", "sign", "self-consistent")
@@ -277,6 +277,7 @@ def argmin(
     *,
     solver: ForwardBackward | None = None,
     on_failure: str = "raise",
+    with_info: bool = False,
     biactive: str = "none",
     biactive_tol: float = 1e-8,
     damping: float = 0.0,
@@ -291,8 +292,10 @@ def argmin(
 
     Args:
       problem: `WeightedL1Problem`. solver: `ForwardBackward`.
-      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError`, or JAX's run-time error
-        with its message under jit), "nan", or "ignore".
+      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError` outside jit; under jit,
+        where nothing can be raised, NaN), "nan", or "ignore".
+      with_info: return ``(x, info)`` with the `SolveInfo` of the forward solve, so that a caller under jit sees its
+        status (`jbilevel.check` it outside).
       biactive, biactive_tol, damping: as in `Oracle`; "none" makes the backward pass linear in its cotangent.
       max_steps, max_products: limits of the two solves.
 
@@ -307,10 +310,11 @@ def argmin(
     solver = ForwardBackward() if solver is None else solver
     _require_sparse(problem, solver, "jb.nonsmooth.argmin")
     options = _Options(biactive, biactive_tol, damping, max_products)
-    return solution_map(_argmin, _Spec(problem, solver, options, on_failure, max_steps))
+    return solution_map(_argmin, _Spec(problem, solver, options, on_failure, max_steps), with_info)
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
     solution = run(spec.solver, spec.problem.at(params, data), x0, tol, spec.max_steps)
     return solution.x, 1 / solution.state.smoothness, solution.info
@@ -324,17 +328,18 @@ def _argmin(spec: _Spec, params, data, x0, tol, adjoint_tol):
 def _argmin_forward(spec: _Spec, params, data, x0, tol, adjoint_tol):
     x, step, info = _forward_solve(spec, params, data, x0, tol)
     x = guard(x, info, spec.on_failure, "the lower-level solve")
-    return x, (params, data, x, step, adjoint_tol)
+    return (x, info), (params, data, x, step, adjoint_tol)
 
 
-def _argmin_backward(spec: _Spec, kept, cotangent):
+def _argmin_backward(spec: _Spec, kept, cotangents):
     params, data, x, step, adjoint_tol = kept
-    gradients, info = _pull_back(spec, params, data, x, step, cotangent, adjoint_tol)
+    gradients, info = _pull_back(spec, params, data, x, step, cotangents[0], adjoint_tol)
     gradients = guard(gradients, info, spec.on_failure, "the adjoint solve")
     return *as_cotangents(gradients, params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _pull_back(spec: _Spec, params, data, x, step, cotangent, adjoint_tol):
     """Gradient of <cotangent, x_hat> in each leaf of (params, data), None for integer leaves."""
     view = spec.problem.at(params, data)

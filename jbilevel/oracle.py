@@ -78,6 +78,7 @@ class BatchOracle:
     """
 
     direct = False
+    matmul_precision = "highest"  # of float32 products, as for jax.default_matmul_precision; None: the caller's
     exact = False  # whether results do not depend on the tolerances
 
     in_axes: Any  # sample axes of the batch, as for jax.vmap
@@ -219,7 +220,12 @@ def _split(batch, in_axes) -> _Split:
 @partial(jax.jit, static_argnums=0)
 def _init(oracle, params, batch):
     split = _split(batch, oracle.in_axes.tree())
-    return jax.vmap(lambda mapped: oracle._start(params, split.data(mapped)))(split.mapped)
+    with _products(oracle):
+        return jax.vmap(lambda mapped: oracle._start(params, split.data(mapped)))(split.mapped)
+
+
+def _products(oracle):
+    return jax.default_matmul_precision(oracle.matmul_precision or jax.config.jax_default_matmul_precision)
 
 
 def _validate_params(params) -> None:
@@ -302,7 +308,7 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
 
     def evaluate(carry, chunk):
         (mapped, start), _ = chunk
-        with jax.default_matmul_precision("highest"):
+        with _products(oracle):
             samples = _over_samples(lambda m, w: oracle._value(params, split.data(m), w, tol))(mapped, start)
         return carry, _named(samples)
 
@@ -349,7 +355,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
 
     def evaluate(total, chunk):
         (mapped, start), chunk_weight = chunk
-        with jax.default_matmul_precision("highest"):
+        with _products(oracle):
             gradients, samples = _chunk_gradients(
                 oracle, params, split, mapped, start, chunk_weight, tol, adjoint_tol, sample_weight is not None
             )

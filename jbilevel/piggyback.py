@@ -24,7 +24,7 @@ from jbilevel.results import SolveInfo, Status, Warm, Work, guard
 from jbilevel.saddle import SaddleProblem, SaddleView
 from jbilevel.saddle_system import Arguments, Frozen, arguments, measure, newton_step, pairing
 from jbilevel.solvers import PDHG
-from jbilevel.solvers.loop import Solution, run
+from jbilevel.solvers.loop import Solution, full_float32, run
 
 MODES = ("sequential", "simultaneous")
 
@@ -334,6 +334,7 @@ def saddle_point(
     *,
     solver: PDHG | None = None,
     on_failure: str = "raise",
+    with_info: bool = False,
     max_steps: int = 5000,
     max_adjoint_steps: int = 5000,
 ) -> Callable:
@@ -344,8 +345,10 @@ def saddle_point(
 
     Args:
       problem: `SaddleProblem`. solver: `PDHG`, for both solves.
-      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError`, or JAX's run-time error
-        with its message under jit), "nan", or "ignore".
+      on_failure: what a failed solve does, forward or backward: "raise" (`ConvergenceError` outside jit; under jit,
+        where nothing can be raised, NaN), "nan", or "ignore".
+      with_info: return ``(x, info)`` with the `SolveInfo` of the forward solve, so that a caller under jit sees its
+        status (`jbilevel.check` it outside).
       max_steps, max_adjoint_steps: limits of the two solves.
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
@@ -361,10 +364,11 @@ def saddle_point(
     if not isinstance(problem, SaddleProblem):
         raise TypeError(f"saddle_point needs a jb.SaddleProblem, got {type(problem).__name__}; see jb.implicit.argmin.")
     solver = PDHG() if solver is None else solver
-    return solution_map(_saddle_point, _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps))
+    return solution_map(_saddle_point, _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps), with_info)
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
     view = spec.problem.at(params, data)
     solution = run(spec.solver, view, x0, tol, spec.max_steps)
@@ -379,17 +383,18 @@ def _saddle_point(spec: _Spec, params, data, x0, tol, adjoint_tol):
 def _saddle_point_forward(spec: _Spec, params, data, x0, tol, adjoint_tol):
     pair, kept, info = _forward_solve(spec, params, data, x0, tol)
     pair = guard(pair, info, spec.on_failure, "the lower-level solve")
-    return pair, (params, data, pair, kept, adjoint_tol)
+    return (pair, info), (params, data, pair, kept, adjoint_tol)
 
 
-def _saddle_point_backward(spec: _Spec, kept, cotangent):
+def _saddle_point_backward(spec: _Spec, kept, cotangents):
     params, data, pair, (element, norm), adjoint_tol = kept
-    gradients, info = _pull_back(spec, params, data, pair, element, norm, cotangent, adjoint_tol)
+    gradients, info = _pull_back(spec, params, data, pair, element, norm, cotangents[0], adjoint_tol)
     gradients = guard(gradients, info, spec.on_failure, "the adjoint solve")
     return *as_cotangents(gradients, params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def _pull_back(spec: _Spec, params, data, pair, element, norm, cotangent, adjoint_tol):
     """Gradient of <cotangent, (x, y)> in each leaf of (params, data), None for integer leaves."""
     view = spec.problem.at(params, data)

@@ -222,15 +222,15 @@ def check(info, *, strict: bool = False) -> None:
 def _check(info: SolveInfo, strict: bool, what: str) -> None:
     if isinstance(info.status, jax.core.Tracer):
         raise TypeError("check(info) needs concrete statuses: call it outside jit, on what the function returned.")
-    codes = np.atleast_1d(np.asarray(info.status))
+    codes = np.ravel(np.asarray(info.status))
     bad = np.flatnonzero(codes > (Status.CONVERGED if strict else Status.PRECISION))
     if bad.size:
         raise ConvergenceError(_failure(info, int(bad[np.argmax(codes[bad])]), bad.size, codes.size, what))
 
 
 def _failure(info: SolveInfo, worst: int, failed: int, total: int, what: str) -> str:
-    status = Status(int(np.atleast_1d(np.asarray(info.status))[worst]))
-    residual = float(np.atleast_1d(np.asarray(info.residual))[worst])
+    status = Status(int(np.ravel(np.asarray(info.status))[worst]))
+    residual = float(np.ravel(np.asarray(info.residual))[worst])
     where = f" of sample {worst} ({failed} of {total} samples failed)" if total > 1 else ""
     return f"{what}{where} ended {status.name} with residual {residual:.2e}: {status.message}"
 
@@ -238,19 +238,27 @@ def _failure(info: SolveInfo, worst: int, failed: int, total: int, what: str) ->
 def guard(tree, info: SolveInfo, on_failure: str, what: str):
     """Pass ``tree`` on, but never silently when ``info`` reports a failure.
 
-    "raise": `ConvergenceError` (under jit: JAX's run-time error carrying its message); "nan": NaN; "ignore": as is.
+    "raise": `ConvergenceError` outside jit (inside jax.vmap and jax.grad too), NaN under jit, where nothing can be
+    raised without a call back to the host; "nan": NaN; "ignore": as is.
     """
     if on_failure == "ignore":
         return tree
-    if on_failure == "nan":
-        return jax.tree.map(lambda v: jnp.where(acceptable(info.status), v, jnp.nan), tree)
-    if not isinstance(info.status, jax.core.Tracer):
-        _check(info, False, what)
-        return tree
+    if on_failure == "raise":
+        raise_if_known(info, what)
+        if not isinstance(info.status, jax.core.Tracer):
+            return tree
+    return jax.tree.map(lambda v: jnp.where(acceptable(info.status), v, jnp.nan), tree)
 
-    def raise_if_failed(status, residual):
-        host = SolveInfo(np.asarray(status), None, np.asarray(residual), None, Work(0, 0, 0))
-        _check(host, False, what)
 
-    jax.debug.callback(raise_if_failed, jax.lax.stop_gradient(info.status), jax.lax.stop_gradient(info.residual))
-    return tree
+def raise_if_known(info: SolveInfo, what: str) -> None:
+    """`ConvergenceError` if statuses are concrete and report a failure, also where only jax.vmap hides them."""
+
+    def look(status, residual):
+        if not isinstance(status, jax.core.Tracer):
+            _check(SolveInfo(status, None, residual, None, Work(0, 0, 0)), False, what)
+            return status
+        seen = jax.custom_batching.custom_vmap(lambda status, residual: status)
+        seen.def_vmap(lambda size, batched, status, residual: (look(status, residual), batched[0]))
+        return seen(status, residual)
+
+    look(*jax.lax.stop_gradient((info.status, info.residual)))

@@ -299,12 +299,17 @@ def _apart(function, params, v):
 
     XLA on a CPU fuses a convolution into all that consumes its result, and so computes it several times (13 times
     slower where measured); a branch whose condition it cannot know keeps them apart. The condition reads params, not v,
-    so that it stays one branch where v is one of a batch. Numbers that large are lost.
+    so that it stays one branch where v is one of a batch. Numbers that large are lost. On a GPU a branch would ask the
+    host at each product, and nothing is fused into a convolution: there is none.
     """
-    inexact = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    first = jnp.ravel(jnp.asarray((inexact or jax.tree.leaves(v))[0]))[0]
-    lost = jnp.real(first) > 0.5 * jnp.finfo(first.dtype).max
-    nothing = lambda v: jax.tree.map(  # noqa: E731
-        lambda o: jnp.full(o.shape, jnp.nan, o.dtype), jax.eval_shape(function, v)
-    )
-    return jax.lax.cond(jax.lax.stop_gradient(lost), nothing, function, v)
+
+    def branch(v):
+        inexact = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+        first = jnp.ravel(jnp.asarray((inexact or jax.tree.leaves(v))[0]))[0]
+        lost = jnp.real(first) > 0.5 * jnp.finfo(first.dtype).max
+        nothing = lambda v: jax.tree.map(  # noqa: E731
+            lambda o: jnp.full(o.shape, jnp.nan, o.dtype), jax.eval_shape(function, v)
+        )
+        return jax.lax.cond(jax.lax.stop_gradient(lost), nothing, function, v)
+
+    return jax.lax.platform_dependent(v, cpu=branch, default=function)

@@ -6,7 +6,7 @@ A solver is a frozen dataclass (static configuration) with ``init(view, x0, targ
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +22,21 @@ FLOOR_FACTOR = 256.0
 PATIENCE_AT_FLOOR = 10
 # relative decrease of the energy that is more than rounding
 DECREASE = 64.0
+
+
+def full_float32(function):
+    """``function`` traced so that float32 products are computed in full.
+
+    Accelerators shorten them by default (TF32 on recent NVIDIA GPUs keeps 10 bits), which puts a floor near 1e-3 under
+    residuals and can make a Hessian indefinite.
+    """
+
+    @wraps(function)
+    def traced(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def secant(x, gradient, next_x, next_gradient):
@@ -136,12 +151,14 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
 
 
 @partial(jax.jit, static_argnums=0)
+@full_float32
 def start_jitted(problem, params, data):
     """The cold start; apart from the solve, so that one with a warm start runs the same code."""
     return problem.start(params, data)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+@full_float32
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
     problem.validate(params, data, x0)
     x0 = trees.cast_like(x0, problem.start(params, data))

@@ -42,6 +42,7 @@ PACKAGES = (
     "optimistix",
     "lineax",
     "equinox",
+    "flax",
     "scikit-image",
     "astra-toolbox",
 )
@@ -141,11 +142,15 @@ def images(size: int, count: int, folder: str | None = None) -> Images:
     """``count`` whole photographs resized to ``size``; the first is the reference problem's.
 
     The reference problem is scikit-image's camera()/255, resized with anti-aliasing, plus 0.1 times
-    ``numpy.random.default_rng(0).standard_normal``; image number i takes its noise from ``default_rng(i)``.
+    ``numpy.random.default_rng(0).standard_normal``; image number i takes its noise from ``default_rng(i)``. Beyond
+    scikit-image's photographs come crops of them.
     """
     from skimage.transform import resize
 
-    clean = np.stack([resize(image, (size, size), anti_aliasing=True) for image in _squares(count, folder)])
+    whole = _squares(min(count, len(LARGE)) if folder is None else count, folder)
+    clean = np.stack([resize(image, (size, size), anti_aliasing=True) for image in whole])
+    if count > len(clean):
+        clean = np.concatenate([clean, crops(size, count - len(clean)).clean])
     noise = np.stack([np.random.default_rng(i).standard_normal((size, size)) for i in range(count)])
     return Images(clean, clean + NOISE * noise)
 
@@ -160,8 +165,6 @@ def crops(size: int, count: int, folder: str | None = None, seed: int = 0) -> Im
 
 def _squares(count: int | None, folder: str | None, at_least: int = 1) -> list[np.ndarray]:
     if folder is None:
-        if count is not None and count > len(LARGE):
-            raise SystemExit(f"there are {len(LARGE)} photographs, not {count}: pass --images DIR")
         return list(jb.data.photographs(512, LARGE[:count], dtype=np.float64))
     found = jb.data.image_folder(folder, limit=count, dtype=np.float64).images
     squares = [jb.data.centre_crop(image, min(image.shape[:2])) for image in found]

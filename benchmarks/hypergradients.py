@@ -177,6 +177,14 @@ class Case:
         error = tv.relative_error(gradient, self.exact)
         return error if np.isfinite(error) else np.inf
 
+    def ready(self, row: Row, settings: Mapping[str, Any], compiled: common.Compiled | None = None) -> Entry:
+        """Compile (unless that was done before) and run once with settings that were found before."""
+        compiled = compiled or self.compile(row, settings.get("steps"))
+        arguments = self.arguments(row, settings.get("tol", self.target), settings.get("adjoint_tol", self.target))
+        gradient, report = compiled.call(*arguments)
+        report = {name: float(value) for name, value in report.items()}
+        return Entry(row, compiled, arguments, dict(settings), tv.relative_error(gradient, self.exact), report)
+
     def prepare(self, row: Row, known: Mapping[str, Any]) -> Entry:
         """Compile and tune; ``known`` are settings found before, kept where they still reach the target."""
         tol = adjoint_tol = self.target
@@ -190,9 +198,7 @@ class Case:
             if not tol or not error(tol, adjoint_tol) <= self.target:
                 tol, adjoint_tol, _ = tuning.tune(error, self.target, FINEST[self.dtype])
         settings = {"tol": tol, "adjoint_tol": adjoint_tol} if steps is None else {"steps": steps}
-        arguments = self.arguments(row, tol, adjoint_tol)
-        report = {name: float(value) for name, value in compiled.call(*arguments)[1].items()}
-        return Entry(row, compiled, arguments, settings, error(tol, adjoint_tol), report)
+        return self.ready(row, settings, compiled)
 
     def _fewest_steps(self, row: Row, guess: int) -> int:
         def error(steps):
@@ -225,7 +231,7 @@ def measure(args, recorder: common.Recorder, size: int, count: int, dtype: str) 
             if isinstance(entry, str):
                 recorder.add(shape, {"skipped": entry})
                 continue
-            figures = common.spread(seconds[name, energy]) | _figures(entry, exact)
+            figures = common.spread(seconds[name, energy]) | figures_of(entry, exact)
             figures |= {"published_distance": distance, "curve": drawn.get((name, energy))}
             recorder.add(shape, figures, {**entry.settings, "target": case.target})
     recorder.write()
@@ -271,7 +277,8 @@ def _known(entries, name: str) -> dict:
     return known
 
 
-def _figures(entry: Entry, exact: np.ndarray) -> dict[str, Any]:
+def figures_of(entry: Entry, exact: np.ndarray) -> dict[str, Any]:
+    """What is known of an alternative besides its times."""
     report = dict(entry.report)
     estimate = report.pop("estimate", np.inf)
     status = report.pop("status", None)

@@ -32,6 +32,7 @@ SCRIPTS = (
     "errors",
     "experiments",
     "projectors",
+    "gpu",
     "regularizers",
     "ct",
     "saddle_errors",
@@ -54,6 +55,7 @@ DOUBLE = {
     "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "papers/paper4_tables",
 }  # fmt: skip
 QUICK = {
+    "gpu": ["--device", "cpu"],
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
     "errors": ["--problems", "quadratic"],

@@ -16,6 +16,7 @@ import numpy as np
 
 import jbilevel as jb
 from benchmarks import common
+from jbilevel._core import trees
 
 sys.path.insert(0, str(common.ROOT / "examples"))
 import scans
@@ -103,7 +104,7 @@ def trained(
     if best is None or result.steps < steps:
         raise SystemExit(f"training ended early: {result.message}")
     return best, {
-        "parameters": jb.trees.size(params), "best_step": step, "train_s": float(result.history["seconds"].sum()),
+        "parameters": trees.size(params), "best_step": step, "train_s": float(result.history["seconds"].sum()),
         "compile_s": result.compile_seconds, "train_cpu_s": time.process_time() - cpu,
     }  # fmt: skip
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbilevel as jb
-from jbilevel import prox
-from jbilevel.constants import Constants, SaddleConstants
+from jbilevel import image_of, prox
+from jbilevel._core.constants import Constants, SaddleConstants
 from jbilevel.operators import forward_difference
-from jbilevel.variational import image_of
 
 WIDTH = 0.01
 _THIRD_DERIVATIVE = 1.5 / 1.25**2.5  # sup of the third derivative of sqrt(1 + t^2)

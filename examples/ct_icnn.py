@@ -23,7 +23,7 @@ import numpy as np
 import pictures
 
 import jbilevel as jb
-from jbilevel.variational import image_of
+from jbilevel import image_of
 
 WEIGHTS = tuple(3e-4 * 1.6**k for k in range(6))
 SOLVER = jb.solvers.PDHG(ratio=10.0)  # the image moves by its own size, the duals by that of the noise

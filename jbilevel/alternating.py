@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel.results import StepInfo
+from jbilevel._core.results import StepInfo
 
 
 class AlternatingState(NamedTuple):

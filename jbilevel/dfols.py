@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jbilevel.fit import FitResult, FitStatus
+from jbilevel.training import FitResult, FitStatus
 
 LARGEST = 50  # parameters; a quadratic model of more needs more evaluations than anybody would wait for
 

@@ -9,19 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.validate import trace_scalar
+from jbilevel._oracle import base
+from jbilevel._oracle.base import Sample
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(base.Oracle):
     """Mean of ``loss(params, data)`` over the batch and its gradient, exact up to rounding.
 
     The tolerances are accepted and ignored, so that every method and `fit` work on it unchanged.
 
     Args:
-      loss: ``loss(params, data) -> scalar`` for one sample. in_axes, on_failure, chunk: see `BatchOracle`.
+      loss: ``loss(params, data) -> scalar`` for one sample. in_axes, on_failure, chunk: see `jb.Oracle`.
       matmul_precision: of float32 products, as for `jax.default_matmul_precision`: "highest" computes them in full;
         "tensorfloat32", or None for the setting at the call (JAX's default on recent NVIDIA GPUs is TF32), trains
         networks several times faster there, to about three digits.

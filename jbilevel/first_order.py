@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jbilevel import linesearch
-from jbilevel.results import StepInfo
+from jbilevel._core.results import StepInfo
+from jbilevel._method import steps as linesearch
 
 
 class FirstOrderState(NamedTuple):

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import linesearch, trees
-from jbilevel.results import StepInfo
+from jbilevel._core import trees
+from jbilevel._core.results import StepInfo
+from jbilevel._method import steps as linesearch
 
 # accuracy at step k = 1, 2, ... relative to the first
 SCHEDULES = {

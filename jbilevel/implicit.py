@@ -9,25 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel import errors, trees
-from jbilevel.oracle import BatchOracle, Points, Sample
-from jbilevel.problems import SmoothProblem, trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, guard, raise_if_known
-from jbilevel.solvers import cg, default_solver, minres, require_tolerance
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Warm, guard, raise_if_known
+from jbilevel._core.validate import trace_scalar
+from jbilevel._oracle import base, bounds, correction
+from jbilevel._oracle.base import Points, Sample
+from jbilevel.solvers import cg, minres, require_tolerance
 from jbilevel.solvers.loop import full_float32, run, start_jitted
 from jbilevel.solvers.mixed import refine
+
+if TYPE_CHECKING:
+    from jbilevel.problems.base import Problem
 
 ADJOINT_SOLVERS = {"cg": cg, "minres": minres}
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(base.Oracle):
     """Hypergradient oracle by implicit differentiation of a smooth lower level.
 
     Args:
@@ -39,13 +43,13 @@ class Oracle(BatchOracle):
       error_steps: CG steps in each of the two systems of that Newton step.
       adjoint_solver: "cg" (strongly convex), or "minres" for energies whose Hessian may be indefinite.
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
-      in_axes, on_failure, chunk: see `BatchOracle`; max_steps, max_products: limits of the two solves.
+      in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
 
     With strong_convexity, hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem, loss_smoothness here, and a
     loss that does not read params, the result is certified: ``bound`` is proven (in exact arithmetic).
     """
 
-    problem: SmoothProblem
+    problem: Problem
     loss: Callable
     solver: Any = None
     correct: bool = False
@@ -75,8 +79,8 @@ class Oracle(BatchOracle):
     def missing(self, certified: bool) -> str | None:
         if not certified:
             return None
-        if self.problem.strong_convexity is None:
-            return "`strong_convexity` to the problem"
+        if (lacking := self.problem.lacks()) is not None:
+            return lacking
         return "`loss_smoothness` to the oracle" if self.loss_smoothness is None else None
 
     def _start(self, params, data) -> Warm:
@@ -86,8 +90,8 @@ class Oracle(BatchOracle):
     def _lower(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
         trace_scalar(self.loss, "loss", params, warm.x, data)
-        solver = default_solver(self.problem) if self.solver is None else self.solver
-        view = self.problem.at(params, data)
+        solver = self.problem.default_solver() if self.solver is None else self.solver
+        view = self.problem.view(params, data)
         return view, run(solver, view, warm.x, tol, self.max_steps)
 
     def _value(self, params, data, warm: Warm, tol) -> Sample:
@@ -95,9 +99,9 @@ class Oracle(BatchOracle):
         value, slope = jax.value_and_grad(self.loss, 1)(params, solution.x, data)
         energy, gradient, product = view.linearize(solution.x)
         defect = trees.norm(trees.sub(product(warm.adjoint), slope))
-        likely, spent = errors.distance(view.constants, product, gradient, solution.info.error, self.correct)
+        likely, spent = correction.distance(view.constants, product, gradient, solution.info.error, self.correct)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1, products=1 + spent))
-        pair = errors.Pair(solution.x, warm.adjoint, energy, gradient, solution.info.residual, defect)
+        pair = correction.Pair(solution.x, warm.adjoint, energy, gradient, solution.info.residual, defect)
         return self._report(view, value, slope, pair, likely, lower, lower, jnp.inf, jnp.zeros_like(defect))
 
     def _sample(self, params, data, warm: Warm, tol, adjoint_tol):
@@ -106,26 +110,26 @@ class Oracle(BatchOracle):
         slope = jax.grad(loss)(solution.x)
         energy, gradient, product = view.linearize(solution.x)
         q, adjoint = self._adjoint(view, solution.x, product, slope, warm.adjoint, adjoint_tol)
-        pair = errors.Pair(solution.x, q, energy, gradient, solution.info.residual, adjoint.residual)
+        pair = correction.Pair(solution.x, q, energy, gradient, solution.info.residual, adjoint.residual)
         points, left = Points((pair.x, pair.q)), jnp.zeros_like(adjoint.residual)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
         if self.corrects:
-            correction = errors.newton_step(view, jax.grad(loss), pair, product, self.error_steps)
-            left = correction.left
-            halfway = correction.halfway if self.correct else None
-            points = Points(points.plain, halfway, (correction.pair.x, correction.pair.q))
-            adjoint = adjoint._replace(evaluations=adjoint.evaluations.join(correction.evaluations))
+            newton = correction.newton_step(view, jax.grad(loss), pair, product, self.error_steps)
+            left = newton.left
+            halfway = newton.halfway if self.correct else None
+            points = Points(points.plain, halfway, (newton.pair.x, newton.pair.q))
+            adjoint = adjoint._replace(evaluations=adjoint.evaluations.join(newton.evaluations))
         if self.correct:
-            pair = correction.pair
+            pair = newton.pair
             lower = after_correction(lower, pair.residual, tol * view.tolerance_scale)
             lower = lower._replace(error=view.error_bound(pair.residual))
             adjoint = after_correction(adjoint, pair.defect, adjoint_tol)
-        likely, spent = errors.distance(view.constants, product, pair.gradient, lower.error, self.correct)
+        likely, spent = correction.distance(view.constants, product, pair.gradient, lower.error, self.correct)
         lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
         adjoint = adjoint._replace(error=view.error_bound(adjoint.residual))
         value, slope = jax.value_and_grad(loss)(pair.x)
-        direct = errors.depends_on_params(self.loss, params, pair.x, data)
-        bound = errors.certificate(view.constants, self.loss_smoothness, pair, lower.error, direct)
+        direct = bounds.depends_on_params(self.loss, params, pair.x, data)
+        bound = bounds.certificate(view.constants, self.loss_smoothness, pair, lower.error, direct)
         return self._report(view, value, slope, pair, likely, lower, adjoint, bound, left), points
 
     def _adjoint(self, view, x, product, slope, q, adjoint_tol):
@@ -138,8 +142,10 @@ class Oracle(BatchOracle):
         spent = info.evaluations.plus(products=refined.products)
         return more, info._replace(steps=info.steps + refined.products, evaluations=spent)
 
-    def _report(self, view, value, slope, pair: errors.Pair, likely, lower, adjoint, gradient_bound, left) -> Sample:
-        rest = errors.value_errors(view.constants, self.loss_smoothness, slope, pair, lower.error, likely)
+    def _report(
+        self, view, value, slope, pair: correction.Pair, likely, lower, adjoint, gradient_bound, left
+    ) -> Sample:
+        rest = bounds.value_errors(view.constants, self.loss_smoothness, slope, pair, lower.error, likely)
         bound = rest.bound_corrected if self.correct else rest.bound
         gradient_bound = jnp.asarray(gradient_bound, bound.dtype)
         warm = Warm(pair.x, pair.q)
@@ -147,7 +153,7 @@ class Oracle(BatchOracle):
 
     def _surrogate(self, params, data, point):
         x, q = jax.lax.stop_gradient(point)
-        return self.loss(params, x, data) - self.problem.at(params, data).slope(x, q)
+        return self.loss(params, x, data) - self.problem.view(params, data).slope(x, q)
 
 
 def after_correction(info: SolveInfo, residual, target) -> SolveInfo:
@@ -163,7 +169,7 @@ _ADJOINT = "the adjoint solve"
 class _Spec:
     """Static part of a differentiable minimiser."""
 
-    problem: SmoothProblem
+    problem: Problem
     solver: Any
     adjoint_solver: str
     on_failure: str
@@ -172,7 +178,7 @@ class _Spec:
 
 
 def argmin(
-    problem: SmoothProblem,
+    problem: Problem,
     *,
     solver=None,
     on_failure: str = "raise",
@@ -207,7 +213,7 @@ def argmin(
     """
     if adjoint_solver not in ADJOINT_SOLVERS:
         raise ValueError(f"`adjoint_solver` must be 'cg' or 'minres', got {adjoint_solver!r}.")
-    solver = default_solver(problem) if solver is None else solver
+    solver = problem.default_solver() if solver is None else solver
     return solution_map(_argmin, _Spec(problem, solver, adjoint_solver, on_failure, max_steps, max_products), with_info)
 
 
@@ -233,7 +239,7 @@ def solution_map(solve: Callable, spec, with_info: bool) -> Callable:
 @partial(jax.jit, static_argnums=0)
 @full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
-    solution = run(spec.solver, spec.problem.at(params, data), x0, tol, spec.max_steps)
+    solution = run(spec.solver, spec.problem.view(params, data), x0, tol, spec.max_steps)
     return solution.x, solution.info
 
 
@@ -248,7 +254,7 @@ def _hessian_solve(spec: _Spec, params, data, x, rhs, adjoint_tol):
 @partial(jax.jit, static_argnums=0)  # without jit, an eager gradient would compile the loop at every call
 @full_float32
 def _hessian_solve_jitted(spec: _Spec, params, data, x, rhs, adjoint_tol):
-    product = spec.problem.at(params, data).linearize(x)[2]
+    product = spec.problem.view(params, data).linearize(x)[2]
 
     def solve(product, b):
         q, info = ADJOINT_SOLVERS[spec.adjoint_solver](product, b, tol=adjoint_tol, max_steps=spec.max_products)
@@ -271,7 +277,7 @@ def _root(spec: _Spec, params, data, x0, tol, adjoint_tol):
 def _root_jvp(spec: _Spec, primals, tangents):
     params, data, x0, tol, adjoint_tol = primals
     x, info = _root(spec, params, data, x0, tol, adjoint_tol)
-    gradient = lambda params, data: spec.problem.at(params, data).gradient(x)  # noqa: E731
+    gradient = lambda params, data: spec.problem.view(params, data).gradient(x)  # noqa: E731
     change = jax.jvp(gradient, (params, data), (tangents[0], tangents[1]))[1]
     moved = trees.neg(_hessian_solve(spec, params, data, x, change, adjoint_tol))
     return (x, info), (moved, jax.tree.map(_constant, info))
@@ -302,7 +308,7 @@ def _argmin_backward(spec: _Spec, kept, cotangents):
 @full_float32
 def _pull_back(spec: _Spec, params, data, x, q):
     """-<d grad_x energy, q> for each leaf of (params, data), None for integer leaves."""
-    return leaf_gradients(lambda *at: -spec.problem.at(*at).slope(x, q), params, data)
+    return leaf_gradients(lambda *at: -spec.problem.view(*at).slope(x, q), params, data)
 
 
 def leaf_gradients(function: Callable, params, data) -> list:

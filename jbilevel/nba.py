@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import linesearch, trees
-from jbilevel.results import Hypergradient, Status, StepInfo
+from jbilevel._core import trees
+from jbilevel._core.results import Hypergradient, Status, StepInfo
+from jbilevel._method import steps as linesearch
 
 SEARCHES = ("line", "trust-region")
 # trust region: share of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow

@@ -15,19 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import errors, implicit, trees
+from jbilevel import implicit
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Warm, acceptable, guard
+from jbilevel._core.validate import trace_scalar
+from jbilevel._oracle import correction
+from jbilevel._oracle.base import Points, Sample, require_view
+from jbilevel._views.weighted_l1 import SupportView, WeightedL1View
 from jbilevel.implicit import after_correction, as_cotangents, leaf_gradients, solution_map
-from jbilevel.oracle import Points, Sample
-from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, acceptable, guard
 from jbilevel.solvers import ForwardBackward, cg
 from jbilevel.solvers.loop import full_float32, run
-from jbilevel.sparse import Piece, SparseView, WeightedL1Problem
+
+if TYPE_CHECKING:
+    from jbilevel.problems.weighted_l1 import WeightedL1Problem
 
 BIACTIVE = ("none", "all", "sign", "self-consistent")
 
@@ -37,18 +42,18 @@ def residual(problem: WeightedL1Problem, params, x, data, *, step):
 
     ``step`` should be less than 1/L (paper 4, section 3, where it is gamma).
     """
-    view = problem.at(params, data)
+    view = problem.view(params, data)
     moved = trees.add_scaled(x, -step, view.smooth.gradient(x))
     return trees.scale(1 / step, trees.sub(x, view.penalty.prox(moved, step)))
 
 
 class _Adjoint(NamedTuple):
-    piece: Piece
+    piece: SupportView
     q: Any
     info: SolveInfo
 
 
-def _solve_adjoint(view: SparseView, x, linearized, slope, q, step, options: _Options, adjoint_tol) -> _Adjoint:
+def _solve_adjoint(view: WeightedL1View, x, linearized, slope, q, step, options: _Options, adjoint_tol) -> _Adjoint:
     """The adjoint at x for the cotangent ``slope``, and the piece that the policy chose.
 
     linearized: (value, gradient, product) of F at x. step: of the forward-backward map that tells the indices.
@@ -64,7 +69,7 @@ def _solve_adjoint(view: SparseView, x, linearized, slope, q, step, options: _Op
         return jax.tree.map(lambda e, leaf: jnp.where(e, leaf, 0.0), extra, inner)
 
     def solve(extra, q):
-        piece = Piece(view, sets.active, extra, sets.direction)
+        piece = SupportView(view, sets.active, extra, sets.direction)
         plain = piece.product(x, hessian)
 
         def system(d):
@@ -102,16 +107,16 @@ def _solve_adjoint(view: SparseView, x, linearized, slope, q, step, options: _Op
             return extra, q, again._replace(steps=info.steps + again.steps, evaluations=evaluations)
 
         extra, q, info = jax.lax.while_loop(lambda carry: some(*carry[:2]), drop, (extra, q, info))
-    return _Adjoint(Piece(view, sets.active, extra, sets.direction), q, info)
+    return _Adjoint(SupportView(view, sets.active, extra, sets.direction), q, info)
 
 
-def _pairing(view: SparseView, x, q, direction):
+def _pairing(view: WeightedL1View, x, q, direction):
     """<grad F(x) + weights direction, q>: of the parameters behind ``view``, all else held fixed."""
     weighted = jax.tree.map(lambda w, u, part: jnp.sum(w * u * part), view.penalty.weights, direction, q)
     return view.smooth.slope(x, q) + sum(jax.tree.leaves(weighted))
 
 
-def _directions(piece: Piece, x):
+def _directions(piece: SupportView, x):
     """sign(x), and where x is zero the sign it would take."""
     kept = piece.project(x)
     moving = piece.view.penalty.direction(kept)
@@ -138,9 +143,7 @@ class _Options:
 
 
 def _require_sparse(problem, solver, name: str) -> None:
-    if not isinstance(problem, WeightedL1Problem):
-        kind = type(problem).__name__
-        raise TypeError(f"{name} needs a jb.WeightedL1Problem, got {kind}; smooth problems go to jb.implicit.")
+    require_view(problem, WeightedL1View, name, "jb.WeightedL1Problem", "smooth problems go to jb.implicit")
     if not isinstance(solver, ForwardBackward):
         raise TypeError(f"`solver` of {name} must be a ForwardBackward, got {type(solver).__name__}.")
 
@@ -184,7 +187,7 @@ class Oracle(implicit.Oracle):
     def _lower(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
         trace_scalar(self.loss, "loss", params, warm.x, data)
-        view = self.problem.at(params, data)
+        view = self.problem.view(params, data)
         return view, run(self.solver, view, warm.x, tol, self.max_steps)
 
     def _value(self, params, data, warm: Warm, tol) -> Sample:
@@ -193,13 +196,13 @@ class Oracle(implicit.Oracle):
         value, slope = jax.value_and_grad(self.loss, 1)(params, x, data)
         linearized = view.smooth.linearize(x)
         sets = view.index_sets(x, linearized[1], step, 0.0)
-        piece = Piece(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
+        piece = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
         energy, gradient, product = piece.assemble(x, *linearized)
         q = piece.project(warm.adjoint)
         defect = trees.norm(trees.sub(product(q), piece.project(slope)))
-        likely, spent = errors.distance(view.constants, product, gradient, solution.info.error, True)
+        likely, spent = correction.distance(view.constants, product, gradient, solution.info.error, True)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1, products=1 + spent))
-        pair = errors.Pair(x, q, energy, gradient, trees.norm(gradient), defect)
+        pair = correction.Pair(x, q, energy, gradient, trees.norm(gradient), defect)
         sample = self._report(view, value, slope, pair, likely, lower, lower, jnp.inf, jnp.zeros_like(defect))
         return sample._replace(warm=Warm(x, warm.adjoint))
 
@@ -213,27 +216,27 @@ class Oracle(implicit.Oracle):
             view, x, linearized, slope, warm.adjoint, step, self._options(), adjoint_tol
         )  # fmt: skip
         energy, gradient, product = piece.assemble(x, *linearized)
-        pair = errors.Pair(x, q, energy, gradient, trees.norm(gradient), adjoint.residual)
+        pair = correction.Pair(x, q, energy, gradient, trees.norm(gradient), adjoint.residual)
         lower = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
         points, left = Points(_point(piece, x, q)), jnp.zeros_like(adjoint.residual)
         if self.corrects:
             restricted = lambda z: piece.project(jax.grad(loss)(piece.project(z)))  # noqa: E731
-            correction = errors.newton_step(piece, restricted, pair, product, self.error_steps)
-            moved = correction.pair._replace(x=piece.project(correction.pair.x), q=piece.project(correction.pair.q))
+            newton = correction.newton_step(piece, restricted, pair, product, self.error_steps)
+            moved = newton.pair._replace(x=piece.project(newton.pair.x), q=piece.project(newton.pair.q))
             # the step stays on one piece: where another begins it proves nothing
             after = _proven_residual(view, moved.x, step)
             crossed = ~(after <= jnp.maximum(solution.info.residual, trees.eps(x) * trees.norm(x) / step * 64))
-            left = jnp.where(crossed | ~acceptable(adjoint.status), jnp.inf, correction.left)
-            halfway = _point(piece, *(piece.project(part) for part in correction.halfway))
+            left = jnp.where(crossed | ~acceptable(adjoint.status), jnp.inf, newton.left)
+            halfway = _point(piece, *(piece.project(part) for part in newton.halfway))
             points = Points(points.plain, halfway if self.correct else None, _point(piece, moved.x, moved.q))
-            work = adjoint.evaluations.join(correction.evaluations).plus(gradients=1)
+            work = adjoint.evaluations.join(newton.evaluations).plus(gradients=1)
             adjoint = adjoint._replace(evaluations=work)
         if self.correct:
             pair = moved
             lower = after_correction(lower, after, tol * view.tolerance_scale)
             lower = lower._replace(error=view.error_bound(lower.residual))
             adjoint = after_correction(adjoint, pair.defect, adjoint_tol)
-        likely, spent = errors.distance(view.constants, product, pair.gradient, lower.error, True)
+        likely, spent = correction.distance(view.constants, product, pair.gradient, lower.error, True)
         lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
         adjoint = adjoint._replace(error=view.error_bound(adjoint.residual))
         value, slope = jax.value_and_grad(loss)(pair.x)
@@ -242,15 +245,15 @@ class Oracle(implicit.Oracle):
 
     def _surrogate(self, params, data, point):
         x, q, direction = jax.lax.stop_gradient(point)
-        return self.loss(params, x, data) - _pairing(self.problem.at(params, data), x, q, direction)
+        return self.loss(params, x, data) - _pairing(self.problem.view(params, data), x, q, direction)
 
 
-def _point(piece: Piece, x, q):
+def _point(piece: SupportView, x, q):
     """Where the pull-back takes place: x, q, and the signs of x."""
     return x, q, _directions(piece, x)
 
 
-def _proven_residual(view: SparseView, x, step):
+def _proven_residual(view: WeightedL1View, x, step):
     """mu times a bound on ||x - x_hat|| (without mu the forward-backward residual), for any x.
 
     The residual bounds the distance of x+ = prox(x - step grad F(x)); x is step times its norm away from there.
@@ -316,7 +319,7 @@ def argmin(
 @partial(jax.jit, static_argnums=0)
 @full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
-    solution = run(spec.solver, spec.problem.at(params, data), x0, tol, spec.max_steps)
+    solution = run(spec.solver, spec.problem.view(params, data), x0, tol, spec.max_steps)
     return solution.x, 1 / solution.state.smoothness, solution.info
 
 
@@ -342,11 +345,11 @@ def _argmin_backward(spec: _Spec, kept, cotangents):
 @full_float32
 def _pull_back(spec: _Spec, params, data, x, step, cotangent, adjoint_tol):
     """Gradient of <cotangent, x_hat> in each leaf of (params, data), None for integer leaves."""
-    view = spec.problem.at(params, data)
+    view = spec.problem.view(params, data)
     linearized, start = view.smooth.linearize(x), trees.zeros_like(x)
     piece, q, info = _solve_adjoint(view, x, linearized, cotangent, start, step, spec.options, adjoint_tol)
     direction = _directions(piece, x)
-    gradients = leaf_gradients(lambda *at: -_pairing(spec.problem.at(*at), x, q, direction), params, data)
+    gradients = leaf_gradients(lambda *at: -_pairing(spec.problem.view(*at), x, q, direction), params, data)
     return gradients, info
 
 

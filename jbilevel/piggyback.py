@@ -11,20 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import errors, trees
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Warm, Work, guard
+from jbilevel._core.validate import trace_scalar
+from jbilevel._oracle import base, bounds, correction
+from jbilevel._oracle.base import Points, Sample, require_view
+from jbilevel._oracle.saddle_system import Arguments, Frozen, arguments, measure, newton_step, pairing
+from jbilevel._views.saddle import SaddleView
 from jbilevel.implicit import after_correction, as_cotangents, leaf_gradients, solution_map
-from jbilevel.oracle import BatchOracle, Points, Sample
-from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work, guard
-from jbilevel.saddle import SaddleProblem, SaddleView
-from jbilevel.saddle_system import Arguments, Frozen, arguments, measure, newton_step, pairing
 from jbilevel.solvers import PDHG
 from jbilevel.solvers.loop import Solution, full_float32, run
+
+if TYPE_CHECKING:
+    from jbilevel.problems.saddle import SaddleProblem
 
 MODES = ("sequential", "simultaneous")
 
@@ -157,7 +161,7 @@ def _simultaneous(view: SaddleView, solver: PDHG, loss_gradient, warm: Warm, tol
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(base.Oracle):
     """Hypergradient oracle of a saddle-point lower level by piggyback (paper 3, Algorithm 2).
 
     Args:
@@ -170,7 +174,7 @@ class Oracle(BatchOracle):
       estimate: compute ``error`` (by the same step) when correct is False; otherwise it is inf.
       error_steps: MINRES steps in each of the two systems of that Newton step; one costs one K and one K*.
       loss_smoothness: Lipschitz constant of the gradient of the loss in (x, y), for proven bounds.
-      in_axes, on_failure, chunk: see `BatchOracle`; max_steps, max_adjoint_steps: limits of the two solves.
+      in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_adjoint_steps: limits of the two solves.
 
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
     ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
@@ -193,9 +197,7 @@ class Oracle(BatchOracle):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.problem, SaddleProblem):
-            kind = type(self.problem).__name__
-            raise TypeError(f"piggyback needs a jb.SaddleProblem, got {kind}; smooth problems go to jb.implicit.")
+        require_view(self.problem, SaddleView, "piggyback", "jb.SaddleProblem", "smooth problems go to jb.implicit")
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {MODES}, got {self.mode!r}.")
         if not isinstance(self.solver, PDHG):
@@ -212,10 +214,8 @@ class Oracle(BatchOracle):
     def missing(self, certified: bool) -> str | None:
         if not certified:
             return None
-        for name in ("mu_primal", "mu_dual"):
-            value = getattr(self.problem, name)
-            if not callable(value) and value == 0:
-                return f"a positive `{name}` to the problem (without one nothing is proven)"
+        if (lacking := self.problem.lacks()) is not None:
+            return lacking
         return "`loss_smoothness` to the oracle" if self.loss_smoothness is None else None
 
     def _start(self, params, data) -> Warm:
@@ -225,7 +225,7 @@ class Oracle(BatchOracle):
     def _view(self, params, data, warm: Warm) -> SaddleView:
         self.problem.validate(params, data, warm.x)
         trace_scalar(self.loss, "loss", params, warm.x, data)
-        return self.problem.at(params, data)
+        return self.problem.view(params, data)
 
     def _value(self, params, data, warm: Warm, tol) -> Sample:
         view = self._view(params, data, warm)
@@ -269,10 +269,10 @@ class Oracle(BatchOracle):
         lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
         value, slopes = jax.value_and_grad(loss)(pair)
         norms = self._norms(view, pair, element, adjoint, defect)
-        constants = self.problem.known_constants(params, data)
-        direct = errors.depends_on_params(self.loss, params, pair, data)
+        constants = view.constants
+        direct = bounds.depends_on_params(self.loss, params, pair, data)
         sees_dual = _sees_dual(self.loss, params, pair, data)
-        bound = errors.saddle_certificate(view, constants, self.loss_smoothness, sees_dual, norms, direct)
+        bound = bounds.saddle_certificate(view, constants, self.loss_smoothness, sees_dual, norms, direct)
         sample = self._report(
             params, data, view, value, slopes, pair, element, adjoint, defect, likely, lower, info, bound, left,
             Warm(pair, adjoint),
@@ -281,14 +281,14 @@ class Oracle(BatchOracle):
 
     def _distance(self, frozen: Frozen, element, proven):
         """Estimated distances of (x, y) from exact, and what they cost: twice the length of a short Newton step."""
-        steps = errors.DISTANCE_STEPS
+        steps = correction.DISTANCE_STEPS
         c, _, spent = frozen.improve(trees.zeros_like(element), element, steps, frozen.enough(element))
         first, second = (2 * trees.norm(part) for part in frozen.lift(c))
         return (jnp.minimum(first, proven), second), spent
 
-    def _norms(self, view, pair, element, adjoint, defect) -> errors.SaddlePair:
+    def _norms(self, view, pair, element, adjoint, defect) -> bounds.SaddlePair:
         sizes = [tuple(trees.norm(part) for part in parts) for parts in (pair, adjoint, defect, element)]
-        return errors.SaddlePair(*sizes[:3], view.bounds(*sizes[3]))
+        return bounds.SaddlePair(*sizes[:3], view.bounds(*sizes[3]))
 
     def _report(
         self, params, data, view, value, slopes, pair, element, adjoint, defect, likely, lower, info, gradient_bound,
@@ -297,8 +297,8 @@ class Oracle(BatchOracle):
         shift = trees.dot(adjoint[1], element[1]) - trees.dot(adjoint[0], element[0])
         norms = self._norms(view, pair, element, adjoint, defect)
         sees_dual = _sees_dual(self.loss, params, pair, data)
-        rest = errors.saddle_value_errors(
-            self.problem.known_constants(params, data), self.loss_smoothness,
+        rest = bounds.saddle_value_errors(
+            view.constants, self.loss_smoothness,
             tuple(trees.norm(part) for part in slopes), sees_dual, shift, norms, likely,
         )  # fmt: skip
         bound = rest.bound_corrected if self.correct else rest.bound
@@ -306,7 +306,7 @@ class Oracle(BatchOracle):
         return Sample(value, rest.shift, rest.estimate, bound, gradient_bound, left, warm, lower, info)
 
     def _surrogate(self, params, data, point: Arguments):
-        view = self.problem.at(params, data)
+        view = self.problem.view(params, data)
         frozen = Frozen.at(view, *(jax.lax.stop_gradient(part) for part in (point.p, point.r, point.tau, point.sigma)))
         pair = jax.lax.stop_gradient((frozen.x, frozen.y))
         return self.loss(params, pair, data) + pairing(view, point)
@@ -314,7 +314,7 @@ class Oracle(BatchOracle):
 
 def _sees_dual(loss, params, pair, data) -> bool:
     """Whether ``loss`` uses y (conservatively: reading a leaf of it counts)."""
-    return errors.depends_on_params(lambda y, x, data: loss(params, (x, y), data), pair[1], pair[0], data)
+    return bounds.depends_on_params(lambda y, x, data: loss(params, (x, y), data), pair[1], pair[0], data)
 
 
 # --------------------------------------------------------------------------------------------- differentiable solution
@@ -361,8 +361,7 @@ def saddle_point(
     >>> bool(jnp.isclose(gradient, -0.75, atol=1e-4))
     True
     """
-    if not isinstance(problem, SaddleProblem):
-        raise TypeError(f"saddle_point needs a jb.SaddleProblem, got {type(problem).__name__}; see jb.implicit.argmin.")
+    require_view(problem, SaddleView, "saddle_point", "jb.SaddleProblem", "see jb.implicit.argmin")
     solver = PDHG() if solver is None else solver
     return solution_map(_saddle_point, _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps), with_info)
 
@@ -370,7 +369,7 @@ def saddle_point(
 @partial(jax.jit, static_argnums=0)
 @full_float32
 def _forward_solve(spec: _Spec, params, data, x0, tol):
-    view = spec.problem.at(params, data)
+    view = spec.problem.view(params, data)
     solution = run(spec.solver, view, x0, tol, spec.max_steps)
     return solution.x, (solution.gradient, solution.state.norm), solution.info
 
@@ -397,7 +396,7 @@ def _saddle_point_backward(spec: _Spec, kept, cotangents):
 @full_float32
 def _pull_back(spec: _Spec, params, data, pair, element, norm, cotangent, adjoint_tol):
     """Gradient of <cotangent, (x, y)> in each leaf of (params, data), None for integer leaves."""
-    view = spec.problem.at(params, data)
+    view = spec.problem.view(params, data)
     tau, sigma = replace(spec.solver, accelerate=False).steps(view, norm)
     frozen = Frozen.at(view, *arguments(view, pair, element, tau, sigma), tau, sigma)
     start = trees.zeros_like(pair)
@@ -405,7 +404,7 @@ def _pull_back(spec: _Spec, params, data, pair, element, norm, cotangent, adjoin
     adjoint = run(spec.solver, adjoint_view, start, adjoint_tol, spec.max_adjoint_steps)
     c = frozen.cotangents(adjoint.x, adjoint.gradient, cotangent)
     arguments_at = Arguments(frozen.p, frozen.r, c, tau, sigma)
-    gradients = leaf_gradients(lambda *at: pairing(spec.problem.at(*at), arguments_at), params, data)
+    gradients = leaf_gradients(lambda *at: pairing(spec.problem.view(*at), arguments_at), params, data)
     return gradients, adjoint.info
 
 

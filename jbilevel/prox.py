@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel import trees
+from jbilevel._core import trees
 
 FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
 HALLEY_STEPS = 3

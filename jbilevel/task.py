@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jbilevel import explicit, implicit, nonsmooth, piggyback
+from jbilevel import explicit
+from jbilevel._core.partition import combine, partition
+from jbilevel._core.results import check
+from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
 from jbilevel.alternating import Alternating
 from jbilevel.first_order import FirstOrder
-from jbilevel.fit import FitResult, fit
 from jbilevel.maid import MAID
-from jbilevel.partition import combine, partition
-from jbilevel.problems import require_hashable, trace_scalar, validate_arrays
-from jbilevel.results import check
-from jbilevel.saddle import SaddleProblem
+from jbilevel.problems.base import Problem
 from jbilevel.solvers import solve
-from jbilevel.sparse import WeightedL1Problem
-from jbilevel.variational import image_of
+from jbilevel.training import FitResult, fit
 
 FROZEN = "frozen"  # where the leaves of the network that do not learn are in a batch
 
@@ -59,7 +57,7 @@ class Pipeline:
         for name in ("task", "loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be a function, got {type(getattr(self, name)).__name__}.")
-        if not hasattr(self.problem, "at"):
+        if not isinstance(self.problem, Problem):
             kind = type(self.problem).__name__
             raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {kind}.")
         if self.labels in self._keys():
@@ -71,15 +69,13 @@ class Pipeline:
 
     @property
     def lower(self):
-        functions = {f.name: getattr(self.problem, f.name) for f in fields(self.problem)}
-        inner = {name: _Inner(v, self.measured) for name, v in functions.items() if callable(v)}
-        return replace(self.problem, **inner)
+        return _Lower(self.problem, self.measured)
 
     def picture(self, x):
         """What the task sees of a lower-level solution."""
         if self.image is not None:
             return self.image(x)
-        return image_of(x) if isinstance(self.problem, SaddleProblem) else x
+        return self.problem.image(x)
 
     def output(self, task_params, x, data):
         """T of a picture, with ``task_params`` the leaves that learn."""
@@ -109,9 +105,7 @@ class Pipeline:
         slower inside a loop.
         """
         axes = {name: None if name == FROZEN else 0 for name in names}
-        kinds = {SaddleProblem: piggyback.Oracle, WeightedL1Problem: nonsmooth.Oracle}
-        kind = next((kinds[c] for c in kinds if isinstance(self.problem, c)), implicit.Oracle)
-        return kind(self.lower, self, in_axes=axes, **({"chunk": None} | settings))
+        return self.lower.oracle(self, in_axes=axes, **({"chunk": None} | settings))
 
     def inspect(self, params, batch) -> None:
         """Say at once what would otherwise end in NaN or in a hypergradient of zero.
@@ -180,21 +174,42 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Inner:
-    """A function of the lower level on the params and data of the whole pipeline."""
+class _Lower(Problem):
+    """The lower level on the params and data of the whole pipeline."""
 
-    function: Callable
+    problem: Problem
     measured: str | tuple[str, ...]
 
-    def __call__(self, params, *rest):
-        if not rest:  # the weights of a weighted l1 problem depend on params alone
-            return self.function(params["regularizer"])
-        *between, data = rest
-        seen = data[self.measured] if isinstance(self.measured, str) else {name: data[name] for name in self.measured}
-        return self.function(params["regularizer"], *between, seen)
+    @property
+    def view_type(self):
+        return self.problem.view_type
+
+    def _seen(self, data):
+        return data[self.measured] if isinstance(self.measured, str) else {name: data[name] for name in self.measured}
+
+    def view(self, params, data):
+        return self.problem.view(params["regularizer"], self._seen(data))
+
+    def start(self, params, data):
+        return self.problem.start(params["regularizer"], self._seen(data))
 
     def check(self, params) -> None:
-        getattr(self.function, "check", lambda params: None)(params["regularizer"])
+        self.problem.check(params["regularizer"])
+
+    def validate(self, params, data, x0=None) -> None:
+        self.problem.validate(params["regularizer"], self._seen(data), x0)
+
+    def default_solver(self):
+        return self.problem.default_solver()
+
+    def oracle(self, loss, **options):
+        return replace(self.problem.oracle(loss, **options), problem=self)
+
+    def image(self, x):
+        return self.problem.image(x)
+
+    def lacks(self) -> str | None:
+        return self.problem.lacks()
 
 
 @dataclass(frozen=True)

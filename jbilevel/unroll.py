@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import implicit, trees
-from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import SmoothProblem, trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work
+from jbilevel import implicit
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.validate import trace_scalar
+from jbilevel._oracle import base
+from jbilevel._oracle.base import Sample
 from jbilevel.solvers import AGD
+
+if TYPE_CHECKING:
+    from jbilevel.problems.base import Problem
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(base.Oracle):
     """Gradient of loss(params, x_K) where x_K is ``steps`` steps of a solver, by reverse mode through the steps.
 
     It is the exact gradient of what K steps compute, not of the minimiser: with too few steps the two differ, and
@@ -29,12 +34,12 @@ class Oracle(BatchOracle):
       steps: K. truncate: differentiate through the last ``truncate`` steps only (all when None).
       checkpoint: store a state every sqrt(K) steps and recompute those between.
       solver: one whose steps are differentiable in reverse (`AGD`, `GradientDescent`); constants count as constants.
-      in_axes, on_failure, chunk: see `jbilevel.oracle.BatchOracle`.
+      in_axes, on_failure, chunk: see `jb.Oracle`.
 
     ``tol`` does not change the work here: it only decides the status, CONVERGED or MAX_STEPS after K steps.
     """
 
-    problem: SmoothProblem
+    problem: Problem
     loss: Callable
     steps: int = 100
     truncate: int | None = None
@@ -57,7 +62,7 @@ class Oracle(BatchOracle):
     def missing(self, certified: bool) -> str | None:
         if certified:
             return "another oracle (an unrolled solver has no proven bounds)"
-        return "`strong_convexity` to the problem" if self.problem.strong_convexity is None else None
+        return self.problem.lacks()
 
     def _start(self, params, data) -> Warm:
         return Warm(self.problem.start(params, data), None)
@@ -90,8 +95,8 @@ class Oracle(BatchOracle):
     def _iterate(self, params, data, x0):
         """Solver state after all steps; only the last ``truncate`` of them carry derivatives."""
         tail = self.steps if self.truncate is None else self.truncate
-        frozen = self.problem.at(*jax.lax.stop_gradient((params, data)))
-        view = self.problem.at(params, data)
+        frozen = self.problem.view(*jax.lax.stop_gradient((params, data)))
+        view = self.problem.view(params, data)
         # the first gradient of an untruncated run depends on params too
         state = self.solver.init(view if tail == self.steps else frozen, x0, 0.0)
         state = self._scan(frozen, state, self.steps - tail, checkpoint=False)

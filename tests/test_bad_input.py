@@ -18,6 +18,7 @@ from problems_for_tests import DIAGONAL, QUADRATIC, distance, image_loss, measur
 
 import jbilevel as jb
 from jbilevel import FitStatus, Status
+from jbilevel._oracle.base import FAILURES
 
 AGD = jb.solvers.AGD()  # compiles fastest
 STAY = jb.solvers.External(lambda energy, x0, tol, max_steps: x0)
@@ -108,7 +109,7 @@ WEIGHTED = [(name, leaf) for name in ("implicit", "unroll", "explicit") for leaf
 
 @pytest.mark.parametrize("name, leaf", WEIGHTED)
 def test_a_sample_of_weight_0_is_not_in_the_mean(name, leaf):
-    for on_failure in jb.oracle.FAILURES:
+    for on_failure in FAILURES:
         oracle = make(name, on_failure=on_failure)
         assert_mean_of_the_others(name, oracle(PARAMS, spoiled(leaf), tol=1e-9, sample_weight=1.0 * GOOD))
 

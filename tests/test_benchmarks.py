@@ -236,7 +236,7 @@ def test_stated_constants_hold(name):
     rng = np.random.default_rng(0)
     data = {"y": jnp.asarray(rng.uniform(size=(12, 12)))}
     params = jax.tree.map(jnp.asarray, setup.params)
-    view = setup.problem.at(params, data)
+    view = setup.problem.view(params, data)
     flat = jnp.asarray(0.01 * rng.standard_normal((12, 12)))
     hessian = jax.hessian(lambda v: view.value(v.reshape(12, 12)))(flat.ravel())
     curvatures = np.linalg.eigvalsh(np.asarray(hessian))

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-from jbilevel import explicit, io
+from jbilevel import explicit
+from jbilevel._core import io
+from jbilevel._core.results import Status, StepInfo
 from jbilevel.first_order import FirstOrder
-from jbilevel.fit import FitStatus, fit
-from jbilevel.results import Status, StepInfo
+from jbilevel.training import FitStatus, fit
 
 TRACES = []  # one entry per trace of a step
 

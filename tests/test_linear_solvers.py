@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbilevel.results import Status
+from jbilevel._core.results import Status
 from jbilevel.solvers import cg, minres
 from jbilevel.solvers.cg import iterate as cg_iterate
 from jbilevel.solvers.cg import resume as cg_resume

@@ -14,13 +14,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports from its own row or from a row above it, never from one below.
 ROWS = (
-    ("constants", "results", "trees"),
-    ("io", "losses", "metrics", "nets", "operators", "partition", "prox", "regularizers"),
-    ("data", "problems", "saddle", "sparse", "variational"),
+    ("_core",),
+    ("losses", "metrics", "nets", "operators", "prox", "regularizers"),
+    ("_views", "data"),
     ("solvers",),
-    ("errors", "explicit", "implicit", "nonsmooth", "oracle", "piggyback", "saddle_system", "unroll"),
-    ("alternating", "first_order", "hoag", "linesearch", "maid", "nba", "stochastic"),
-    ("fit", "parallel", "validation"),
+    ("_oracle",),
+    ("explicit", "implicit", "nonsmooth", "piggyback", "unroll"),
+    ("problems",),
+    ("_method",),
+    ("alternating", "first_order", "hoag", "maid", "nba"),
+    ("training",),
     ("task",),
     ("dfols",),  # its package owns the loop, so it comes after ours
     ("cli",),

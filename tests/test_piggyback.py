@@ -103,7 +103,7 @@ def test_huber_tv_four_ways():
 
     @jax.jit
     def unrolled(params):
-        pair = PDHG().iterate(HUBER.problem.at(params, data), HUBER.problem.start(params, data), 300)
+        pair = PDHG().iterate(HUBER.problem.view(params, data), HUBER.problem.start(params, data), 300)
         return image_loss(params, pair, data)
 
     value = lambda params: oracle(HUBER, image_loss).value(params, batch, tol=1e-13).value  # noqa: E731
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_iterations():
 
     def unrolled(steps):
         def value(params):
-            pair = PDHG().iterate(setup.problem.at(params, data), setup.problem.start(params, data), steps)
+            pair = PDHG().iterate(setup.problem.view(params, data), setup.problem.start(params, data), steps)
             return image_loss(params, pair, data)
 
         return jax.jit(jax.grad(value))

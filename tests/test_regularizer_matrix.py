@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jbilevel as jb
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 
 
 class Entry(NamedTuple):

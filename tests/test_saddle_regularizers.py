@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from problems_for_tests import central_differences
 
 import jbilevel as jb
-from jbilevel.variational import image_of
+from jbilevel import image_of
 
 REGULARIZERS = {
     "TV": jb.regularizers.TV(),

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import jbilevel as jb
+from jbilevel._core import trees
 
 
 def made(inputs=1, outputs=3, **settings):
@@ -85,7 +86,7 @@ def test_fine_tuning_moves_the_last_blocks_only():
     assert result.history["value"][-1] < result.history["value"][0]
     before, after = (jax.tree.leaves(tree) for tree in (trainable, result.params))
     assert not any(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
-    assert jb.trees.size(trainable) == sum(jb.trees.size(nnx.state(m)) for m in (net.ups[1], net.ups[2], net.output))
+    assert trees.size(trainable) == sum(trees.size(nnx.state(m)) for m in (net.ups[1], net.ups[2], net.output))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_identity():
         assert float(getattr(constants, name)) == pytest.approx(float(getattr(own, name)))
     x, info = jb.solve(problem, THETA, IMAGE, tol=1e-8)
     assert int(info.status) == jb.Status.CONVERGED and float(info.error) <= 1e-8
-    assert float(jnp.linalg.norm(problem.at(THETA, IMAGE).gradient(x))) <= 1e-8
+    assert float(jnp.linalg.norm(problem.view(THETA, IMAGE).gradient(x))) <= 1e-8
 
 
 def test_measurement_inside_the_data():

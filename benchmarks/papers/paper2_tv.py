@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
 from benchmarks.papers import paper2_tv_page
-from jbilevel.results import Hypergradient, Value
+from jbilevel._core.results import Hypergradient, Value
 
 NAME = "paper2_tv"
 TITLE = "Paper 2: TV denoising, MAID against HOAG and fixed accuracies"

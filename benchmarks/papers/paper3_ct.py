@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common, networks
 from benchmarks.papers import paper3_ct_page as page
+from jbilevel import image_of
 from jbilevel.operators.fbp import WINDOWS
-from jbilevel.variational import image_of
 
 NAME = "paper3_ct"
 TITLE = "Paper 3: computed tomography with learned convex regularisers"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbilevel as jb
-from jbilevel.variational import image_of
+from jbilevel import image_of
 
 SIGMA = 25.5 / 255
 RESIDUAL = 3e-5  # of reconstructions that are compared, per pixel (root mean square); PSNR is then right to 5e-4 dB

@@ -174,7 +174,7 @@ def convergence(regularizer, params, noisy, iterations: int) -> np.ndarray:
 
     @jax.jit
     def trace(params, data):
-        view = problem.at(params, data)
+        view = problem.view(params, data)
         state = solver.init(view, problem.start(params, data), 0.0)
 
         def step(state, _):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.potentials import potential_named
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
@@ -22,7 +23,7 @@ _CONJUGATES = {
 
 
 @dataclass(frozen=True)
-class FoE:
+class FoE(Regularizer):
     """R(theta, x) = e^{theta_0} sum_i e^{w_i} sum_pixels nu_i h((c_i * x)/nu_i), with nu_i = e^{s_i}.
 
     Fields of Experts (Roth & Black 2005) as in paper 2 (Salehi et al. 2024): with the "root" potential the inner term

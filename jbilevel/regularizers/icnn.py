@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.potentials import potential_named
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 
 @dataclass(frozen=True)
-class ICNN:
+class ICNN(Regularizer):
     """R(theta, x) = e^g sum psi_w(W z + b_2), z = psi_w(V x + b_1), with W >= 0: convex in x.
 
     Sums are over pixels and channels, psi_w(t) = 0 for t <= 0, t^2/(2w) for 0 < t < w, t - w/2 beyond (paper 3,

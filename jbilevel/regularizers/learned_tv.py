@@ -12,6 +12,7 @@ import numpy as np
 from jbilevel import prox
 from jbilevel.operators.differences import Gradient
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 # |K|^2 by the largest of so many samples of the spectra per axis, and what their maximum may miss
@@ -19,7 +20,7 @@ _GRID = 32
 
 
 @dataclass(frozen=True)
-class LearnedTV:
+class LearnedTV(Regularizer):
     """R(theta, x) = max_y <D x, y> with lambda-bounded interpolations of y: |(K y)_j(p)|_2 <= lambda at all p, j.
 
     (K y)_j = (k_1j * y_1, k_2j * y_2) interpolates both components of the dual field y to position j of each pixel p,
@@ -78,6 +79,9 @@ class LearnedTV:
         if noise:
             filters = filters + noise * jax.random.normal(key, filters.shape, filters.dtype)
         return self.project({"filters": filters, "log_weight": jnp.asarray(math.log(weight), filters.dtype)})
+
+    def __call__(self, params, x):
+        raise TypeError("LearnedTV is itself a minimum over other unknowns: `variational` solves for them with x.")
 
     def check(self, params) -> None:
         """ValueError where params cannot be those of this regulariser; values are checked where they are concrete."""

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.potentials import potential_named
 
 _SYMMETRIC_POTENTIALS = ("spline", "huber", "root")
 
 
 @dataclass(frozen=True)
-class CRR:
+class CRR(Regularizer):
     """R(theta, x) = e^{a - 2s} sum_i e^{-2 k_i} sum_pixels p(e^{s + k_i} (W x)_i),  p(t) = e^{-b} h(e^b t) - rho h(t).
 
     Convex (rho = 0) ridge regulariser: W = W_L ... W_1 is a stack of convolutions without biases, the first with

@@ -10,13 +10,14 @@ import numpy as np
 
 from jbilevel import prox
 from jbilevel.operators.differences import Gradient, forward_difference
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 _ROOT = math.sqrt(2.0)
 
 
 @dataclass(frozen=True)
-class TGV:
+class TGV(Regularizer):
     """R(theta, x) = min_w e^{theta_0} sum |D x - w|_2 + e^{theta_1} sum |E w|_F, sums over pixels.
 
     Second-order total generalised variation (Bredies, Kunisch & Pock 2010): piecewise affine images instead of
@@ -39,6 +40,9 @@ class TGV:
     def init(self, key=None, *, weight: float = 0.075, ratio: float = 2.0, dtype=None):
         """Weights weight and ratio*weight; deterministic (key is ignored)."""
         return jnp.log(jnp.asarray([weight, ratio * weight], dtype or jnp.result_type(float)))
+
+    def __call__(self, params, x):
+        raise TypeError("TGV is itself a minimum over other unknowns: `variational` solves for them with x.")
 
     def check(self, params) -> None:
         if jnp.shape(params) != (2,):

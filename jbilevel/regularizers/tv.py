@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.operators.differences import Gradient, forward_difference
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 # sup_t |d^3/dt^3 sqrt(t^2 + 1)|, at t = 1/2; a symmetric trilinear form on a Hilbert space attains its norm on the
@@ -20,7 +21,7 @@ _FLUX_IN_EPS = (1 / np.sqrt(2)) / 1.5**1.5
 
 
 @dataclass(frozen=True)
-class SmoothedTV:
+class SmoothedTV(Regularizer):
     """R(theta, x) = lambda sum_pixels sqrt(|D x|^2 + eps^2), with lambda = exp(theta[0]) and eps = exp(theta[1]).
 
     D takes forward differences along the two image axes with Neumann boundary (papers 0 and 2; DESIGN's settled
@@ -134,7 +135,7 @@ class SmoothedTV:
 
 
 @dataclass(frozen=True)
-class TV:
+class TV(Regularizer):
     """R(theta, x) = lambda sum_pixels h(|D x|), lambda = exp(theta[0]): total variation itself, or Huber's of a width.
 
     h(t) = t for ``width=0`` (Rudin, Osher & Fatemi 1992), else t^2/(2 width) up to width and t - width/2 beyond. D

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.operators.differences import forward_difference
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.tv import _THIRD_DERIVATIVE
 
 
 @dataclass(frozen=True)
-class WeightedTV:
+class WeightedTV(Regularizer):
     """R(theta, x) = sum_p e^{(U theta)_p} sqrt(|(D x)_p|^2 + eps^2): a map of weights, interpolated from a grid.
 
     `SmoothedTV` (isotropic, forward differences with Neumann boundary) with one weight per pixel p: theta, of shape

@@ -7,10 +7,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.problems import SmoothProblem, refuse_derivatives, validate_arrays
-from jbilevel.results import SolveInfo
-from jbilevel.saddle import SaddleProblem
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo
+from jbilevel._core.validate import refuse_derivatives, validate_arrays
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
@@ -23,20 +22,6 @@ from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
-from jbilevel.sparse import WeightedL1Problem
-
-
-def default_solver(problem):
-    """The solver used for ``solver=None``."""
-    if isinstance(problem, SmoothProblem):
-        return NewtonCG()
-    if isinstance(problem, SaddleProblem):
-        return PDHG()
-    if isinstance(problem, WeightedL1Problem):
-        return ForwardBackward()
-    if not hasattr(problem, "at"):
-        raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(problem).__name__}.")
-    raise TypeError(f"no default solver for {type(problem).__name__}; pass `solver`.")
 
 
 def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
@@ -62,7 +47,7 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
       ValueError: tol is negative, or x0 does not have the shape that init gives.
       TypeError: a leaf of params or data is not an array, or energy closes over a traced value.
     """
-    solver = default_solver(problem) if solver is None else solver
+    solver = problem.default_solver() if solver is None else solver
     problem.check(params)
     validate_arrays(data, "data")
     params, data = refuse_derivatives((params, data), "of jb.solve", "use jb.implicit.argmin")

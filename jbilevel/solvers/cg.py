@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import RUNNING, SolveInfo, Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 
 PATIENCE = 50
 

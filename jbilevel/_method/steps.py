@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.problems import validate_arrays
-from jbilevel.results import StepInfo
+from jbilevel._core import trees
+from jbilevel._core.results import StepInfo
+from jbilevel._core.validate import validate_arrays
 from jbilevel.solvers import require_tolerance
 
 

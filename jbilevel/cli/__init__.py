@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import sys
 
-from jbilevel import io
+from jbilevel._core import io
 
 CORE = ("jax", "jaxlib", "numpy", "optax", "tqdm")
 OPTIONAL = {  # by the extra that installs them; tomosipo has none

@@ -7,6 +7,7 @@ once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel import errors, trees
-from jbilevel.problems import refuse_derivatives, require_hashable, validate_arrays
-from jbilevel.results import Hypergradient, SolveInfo, Status, Value, Warm
+from jbilevel._core import trees
+from jbilevel._core.contracts import Contract
+from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm
+from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
+from jbilevel._oracle import correction
 from jbilevel.solvers import require_tolerance
 
 FAILURES = ("nan", "drop")
@@ -65,7 +68,7 @@ class Axes:
         return jax.tree.unflatten(self.treedef, self.leaves)
 
 
-class BatchOracle:
+class Oracle(Contract, abstract=True):
     """Base of all oracles. Subclasses are frozen dataclasses with the fields below, and supply, for ONE sample,
 
     ``_start(params, data) -> Warm``: the cold start;
@@ -84,6 +87,7 @@ class BatchOracle:
     in_axes: Any  # sample axes of the batch, as for jax.vmap
     on_failure: str  # "nan": one bad sample makes the mean NaN; "drop": it leaves the mean
     chunk: int | str | None  # samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere
+    loss: Callable
     correct: bool  # return the Newton-corrected hypergradient
 
     def __post_init__(self):
@@ -92,11 +96,8 @@ class BatchOracle:
             raise ValueError(f"`on_failure` of an oracle must be one of {FAILURES}, got {self.on_failure!r}.")
         if self.chunk not in (None, "auto") and not (isinstance(self.chunk, int) and self.chunk >= 1):
             raise ValueError(f"`chunk` must be a positive number of samples, None or 'auto', got {self.chunk!r}.")
-        if not callable(getattr(self, "loss", abs)):
+        if not callable(self.loss):
             raise TypeError(f"`loss` must be a function, got {type(self.loss).__name__}.")
-        if hasattr(self, "problem") and not hasattr(self.problem, "at"):
-            kind = type(self.problem).__name__
-            raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {kind}.")
         require_hashable(self)
 
     @property
@@ -118,6 +119,9 @@ class BatchOracle:
     def unknown_error(self, dtype):
         """The error reported where none is estimated."""
         return jnp.asarray(jnp.inf, dtype)
+
+    def check(self, params) -> None:
+        """Refuse params that the problem refuses, while their values are concrete."""
 
     def init(self, params, batch):
         """Cold warm start of every sample: fixed structure and shapes, so passing it never recompiles."""
@@ -160,8 +164,7 @@ class BatchOracle:
         What needs concrete values is checked here, before anything is traced.
         """
         _validate_params(params)
-        if hasattr(self, "problem"):
-            self.problem.check(params)
+        self.check(params)
         validate_arrays(batch, "batch")
         warm = self.init(params, batch) if warm is None else warm
         if not isinstance(warm, Warm):
@@ -170,6 +173,13 @@ class BatchOracle:
             if not np.all(np.asarray(sample_weight) >= 0):
                 raise ValueError("`sample_weight` must hold nonnegative numbers.")
         return warm, *(require_tolerance(tol, name, warm.x, stacklevel=4) for name, tol in tolerances.items())
+
+
+def require_view(problem, view_type: type, name: str, wanted: str, instead: str) -> None:
+    """TypeError unless ``problem`` is one whose view is of this kind, as that of a ``wanted`` is."""
+    if not isinstance(problem, Contract) or not issubclass(problem.view_type, view_type):
+        kind = type(problem).__name__
+        raise TypeError(f"{name} needs a {wanted}, got {kind}; {instead}.")
 
 
 class _Split(NamedTuple):
@@ -448,7 +458,7 @@ def _gradient_error(oracle, total: Points, samples: Sample, weight):
     if oracle.correct:
         moved_first = trees.norm(trees.sub(total.halfway, total.plain))
         moved_last = trees.norm(trees.sub(total.corrected, total.halfway))
-        return errors.remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.left, 0.0)))
+        return correction.remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.left, 0.0)))
     if oracle.corrects:
         # a Newton step that met negative curvature tells nothing
         known = jnp.all(jnp.isfinite(samples.left) | (weight == 0))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+Constant = float | Callable[[Any, Any], Any] | None  # a number, or a function of (params, data), or unknown
 
 
 class Constants(NamedTuple):

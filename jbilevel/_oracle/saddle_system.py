@@ -7,14 +7,15 @@ With x = prox_g(p) and y = prox_f*(r) all Hessians appear through VJPs of the tw
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
+from jbilevel._core import trees
+from jbilevel._views.saddle import SaddleView
 from jbilevel.prox import divided, times
-from jbilevel.saddle import SaddleView
 from jbilevel.solvers.minres import iterate as minimal_residual
 
 # MINRES in a Newton step stops once it removed all but this share of the residual, in either half of its steps
@@ -78,7 +79,8 @@ class Frozen(NamedTuple):
 
     def adjoint_view(self, slopes, tau, sigma) -> SaddleView:
         """The adjoint as a saddle problem of its own, whose proxes hold for these steps only."""
-        return self.view._replace(
+        return replace(
+            self.view,
             prox_primal=lambda v, _: times(self.tau, self.pull_x(trees.sub(divided(v, self.tau), slopes[0]))),
             prox_dual=lambda v, _: times(self.sigma, self.pull_y(trees.add(divided(v, self.sigma), slopes[1]))),
             steps=(tau, sigma), linear_system=True,

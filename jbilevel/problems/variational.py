@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import prox
-from jbilevel.constants import Constants
-from jbilevel.problems import SmoothProblem
+from jbilevel._core.constants import Constants
+from jbilevel.problems.saddle import SaddleProblem
+from jbilevel.problems.smooth import SmoothProblem
+from jbilevel.regularizers.base import Regularizer
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
-from jbilevel.saddle import SaddleProblem
 
 FORMS = ("smooth", "saddle")
 
@@ -61,7 +62,7 @@ class Variational:
 
     def check(self, params) -> None:
         """The regulariser's own checks of its params: negative weights of a convex network, filters that are all 0."""
-        getattr(self.regularizer, "check", lambda params: None)(params)
+        self.regularizer.check(params)
 
     def start(self, params, data):
         """x0 = y for the identity, else the multiple of A' y that fits y best."""
@@ -74,8 +75,8 @@ class Variational:
         return length.astype(back.dtype) * back
 
     def adjoint(self, y):
-        if hasattr(self.operator, "H"):
-            return jnp.real(self.operator.H(y))
+        if (adjoint := _told(self.operator, "H")) is not None:
+            return jnp.real(adjoint(y))
         shape = self._domain()
         dtype = jnp.zeros((), jnp.asarray(y).dtype).real.dtype
         x = jax.ShapeDtypeStruct(shape, dtype)
@@ -87,7 +88,7 @@ class Variational:
         return jax.linear_transpose(self.operator, x)(jnp.conj(y))[0]
 
     def _domain(self):
-        shape = self.in_shape if self.in_shape is not None else getattr(self.operator, "in_shape", None)
+        shape = _told(self.operator, "in_shape") if self.in_shape is None else self.in_shape
         if shape is None:
             raise ValueError("pass `in_shape`, the shape of x: a plain function does not tell it.")
         return tuple(shape)
@@ -99,14 +100,14 @@ class Variational:
         return bounds._replace(strong_convexity=mu, smoothness=smoothness)
 
     def _bounds(self, params, data) -> Constants:
-        if not hasattr(self.regularizer, "bounds"):
+        if not self.regularizer.bounded:
             return Constants()
         shape = jnp.shape(self.measurement(data)) if self.operator is None else self._domain()
         return self.regularizer.bounds(params, shape)
 
     def convexity(self):
         """Modulus of all but R, None where it is not known."""
-        if not getattr(self.operator, "exact_adjoint", True):
+        if _told(self.operator, "exact_adjoint") is False:
             return None  # the gradient is not that of the energy: its norm bounds no distance
         data = self.data_convexity
         if data is None:
@@ -176,19 +177,22 @@ def variational(
         raise ValueError(f"`data_term` must be 'l2', got {data_term!r}.")
     if operator is not None and not callable(operator):
         raise TypeError(f"`operator` must be a linear function or None, got {type(operator).__name__}.")
+    if not isinstance(regularizer, Regularizer):
+        regularizer = _Function(regularizer)
     if form is None:
-        form = getattr(regularizer, "form", "smooth")
+        form = regularizer.form
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS} or None, got {form!r}.")
-    if form == "smooth" and getattr(regularizer, "form", "smooth") == "saddle":
+    if form == "smooth" and regularizer.form == "saddle":
         raise ValueError(f"{type(regularizer).__name__} is not smooth; `form` must be 'saddle' or None.")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must be nonnegative, got {ridge}.")
-    bounded = hasattr(regularizer, "bounds")
-    if operator_norm is None and (bounded or form == "saddle") and callable(getattr(operator, "norm", None)):
-        operator_norm = operator.norm()
+    bounded = regularizer.bounded
+    if operator_norm is None and (bounded or form == "saddle"):
+        norm = _told(operator, "norm")
+        operator_norm = None if norm is None else norm()
     model = Variational(operator, regularizer, measurement, in_shape, operator_norm, data_convexity, ridge)
-    if operator is not None and not hasattr(operator, "H"):
+    if operator is not None and _told(operator, "H") is None:
         model._domain()  # say now, not inside a trace, that in_shape is missing
     if form == "saddle":
         return _saddle_problem(SaddleForm(model, nonnegative))
@@ -197,9 +201,9 @@ def variational(
     known = model.convexity() is not None and bounded
     smooth = model._norm_squared() is not None and bounded
 
-    return SmoothProblem(
+    return VariationalProblem(
         model,
-        _Part(model, "start"),
+        _Part(model.start),
         strong_convexity=_Constant(model, "strong_convexity") if known else None,
         smoothness=_Constant(model, "smoothness") if smooth else None,
         **{
@@ -300,19 +304,57 @@ class SaddleForm:
 
 def _saddle_problem(form: SaddleForm) -> SaddleProblem:
     operator, regularizer = form.model.operator, form.model.regularizer
-    if not hasattr(regularizer, "saddle"):
-        raise ValueError(f"{type(regularizer).__name__} has no saddle form (no method `saddle`); use form='smooth'.")
+    if type(regularizer).saddle is Regularizer.saddle:
+        regularizer.saddle(None)  # which raises
     if operator is not None and form.model.operator_norm is None:
         raise ValueError("the saddle form of a plain function needs `operator_norm`, a bound on its norm.")
-    part = {name: _Part(form, name) for name in ("linear", "prox_primal", "prox_dual", "mu_primal", "mu_dual")}
-    return SaddleProblem(
-        **part, init=_Part(form, "start"), norm=1.0, transpose=_Part(form, "transpose"), scaling=_Part(form, "scaling")
+    return VariationalSaddle(
+        _Part(form.linear),
+        _Part(form.prox_primal),
+        _Part(form.prox_dual),
+        _Part(form.start),
+        mu_primal=_Part(form.mu_primal),
+        mu_dual=_Part(form.mu_dual),
+        norm=1.0,
+        transpose=_Part(form.transpose),
+        scaling=_Part(form.scaling),
     )
 
 
-def image_of(pair):
-    """x of the solution ((x, z), y) or (x, y) of a problem that `variational` made in the saddle form."""
-    return _split(pair[0])[0]
+@dataclass(frozen=True)
+class VariationalProblem(SmoothProblem):
+    """What `variational` makes: it also knows which params its regulariser refuses."""
+
+    def check(self, params) -> None:
+        super().check(params)
+        self.energy.check(params)
+
+
+@dataclass(frozen=True)
+class VariationalSaddle(SaddleProblem):
+    """The same in the saddle form."""
+
+    def check(self, params) -> None:
+        super().check(params)
+        self.linear.method.__self__.check(params)
+
+
+@dataclass(frozen=True)
+class _Function(Regularizer):
+    """A plain function R(params, x) as a regulariser of which no constants are known."""
+
+    function: Callable
+
+    def init(self, key=None):
+        raise TypeError("a plain function as regulariser has no parameters of its own to start from.")
+
+    def __call__(self, params, x):
+        return self.function(params, x)
+
+
+def _told(operator, name: str):
+    """What an operator says of itself; it may be a `LinearOperator`, another package's, or a plain function."""
+    return getattr(operator, name, None)
 
 
 def _split(primal):
@@ -360,16 +402,21 @@ def _squared_norm(tree):
 
 @dataclass(frozen=True)
 class _Part:
-    """A method of a model."""
+    """A method of a model; bound methods compare by identity of their object, this by its value."""
 
-    model: Any
-    name: str
+    method: Callable
 
     def __call__(self, *arguments):
-        return getattr(self.model, self.name)(*arguments)
+        return self.method(*arguments)
 
-    def check(self, params) -> None:
-        self.model.check(params)
+    def __eq__(self, other):
+        return isinstance(other, _Part) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def _key(self):
+        return self.method.__func__, self.method.__self__
 
 
 @dataclass(frozen=True)
@@ -378,4 +425,4 @@ class _Constant:
     name: str
 
     def __call__(self, params, data):
-        return getattr(self.model.constants(params, data), self.name)
+        return self.model.constants(params, data)._asdict()[self.name]

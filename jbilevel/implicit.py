@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Oracle", "argmin"]
 
+_CG = CG()
+
 
 def _lower(problem: Problem, solver, max_steps: int, linear_solver: LinearSolver, max_products: int) -> SmoothLower:
     solver = problem.default_solver() if solver is None else solver
@@ -61,7 +63,7 @@ class Oracle(AdjointOracle):
     loss that does not read params, the result is certified: ``bound`` is proven (in exact arithmetic).
     """
 
-    linear_solver: LinearSolver = CG()
+    linear_solver: LinearSolver = _CG
     max_products: int = 2000
 
     def __post_init__(self):
@@ -79,7 +81,7 @@ def argmin(
     solver=None,
     on_failure: str = "raise",
     with_info: bool = False,
-    linear_solver: LinearSolver = CG(),
+    linear_solver: LinearSolver = _CG,
     max_steps: int = 5000,
     max_products: int = 2000,
 ) -> Callable:

@@ -60,9 +60,9 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
         for (c, q, error), residual, seen in zip(rows, norms.residual, blocks.seen, strict=True)
     ]
     off = blocks.distances(*drifts)
-    bound = sum(
-        c.mixed_norm * e + c.mixed_lipschitz * error * (q + e) for (c, q, error), e in zip(rows, off, strict=True)
-    )
+    bound = 0.0
+    for (c, q, error), e in zip(rows, off, strict=True):
+        bound += c.mixed_norm * e + c.mixed_lipschitz * error * (q + e)
     if len(off) == 2:
         for i, j in ((0, 1), (1, 0)):
             bound += blocks.linear_mixed * (norms.point[j] * off[i] + (norms.adjoint[i] + off[i]) * norms.error[j])

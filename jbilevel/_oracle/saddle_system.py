@@ -123,7 +123,7 @@ class SaddleSystem(System):
 
     def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
         """One inexact semismooth step on (p, r), and as much for the adjoint at the new point, by MINRES."""
-        view, half, c = self.view, max(steps // 2, 1), adjoint.parts[1]
+        half, c = max(steps // 2, 1), adjoint.parts[1]
         subgradient = self.normal_map()
         tol = self._enough(subgradient)
         first, rest, spent = self._improve(trees.zeros_like(c), subgradient, half, tol)
@@ -253,7 +253,7 @@ class SaddleLower(Lower):
         return self.system(view, x, *kept)
 
     def system(self, view: SaddleView, pair, subgradient, norm) -> SaddleSystem:
-        """At a pair right after the proxes, from the element of T known there; the steps of the adjoint do not shrink."""
+        """At a pair right after the proxes, from the element of T known there; the adjoint's steps do not shrink."""
         tau, sigma = replace(self.solver, accelerate=False).steps(view, norm)
         t, s = view.step_trees(tau, sigma)
         p = trees.add(pair[0], times(t, trees.sub(subgradient[0], view.transpose(pair[1]))))

@@ -56,7 +56,7 @@ class System(Contract, abstract=True):
 
     @abstractmethod
     def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
-        """One inexact Newton step on (x, q), of ``steps`` linear iterations on each; loss_gradient_at: x -> gradient."""
+        """One inexact Newton step on (x, q), of ``steps`` linear iterations on each; loss_gradient_at: of x."""
 
     @abstractmethod
     def point(self, adjoint: Adjoint) -> tuple:

@@ -24,7 +24,7 @@ LOSS = jb.losses.squared_error(part=(0, 0))
 
 @dataclass(frozen=True)
 class Experts:
-    """Fields of Experts in Huber's form, of which the filters alone are learned (paper 3: 400 parameters).
+    """Fields of Experts in Huber's form, of which the filters alone are learned (Bogensperger et al. 2024 have 400).
 
     Weights and widths are equal and fixed: the norms of the filters do what weights would.
     """

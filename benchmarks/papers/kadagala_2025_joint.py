@@ -26,8 +26,8 @@ import jbilevel as jb
 from benchmarks import common, networks
 from benchmarks.networks import scans
 
-NAME = "paper1_joint"
-TITLE = "Paper 1: reconstruction and segmentation, sequential and joint"
+NAME = "kadagala_2025_joint"
+TITLE = "Kadagala 2025: reconstruction and segmentation, sequential and joint"
 MASKS = {"mask": lambda v, label: v == 1, "label": lambda v, label: v == label}  # entries of an .npz
 
 

@@ -1,4 +1,4 @@
-"""Paper 3's Table 1 and Figure 4: learned convex regularisers for sparse-view computed tomography.
+"""Learned convex regularisers for sparse-view computed tomography (Bogensperger et al. 2024, Table 1 and Figure 4).
 
 Slices in [0, 1] on a square of 256 mm, parallel beam, noise of standard deviation 2 on the line integrals as in the
 paper, and as many views per pixel across as its 200 at 512 x 512. Fields of experts and an input-convex network learn
@@ -31,12 +31,12 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common, networks
-from benchmarks.papers import paper3_ct_page as page
+from benchmarks.papers import bogensperger_2024_ct_page as page
 from jbilevel import image_of
 from jbilevel.operators.fbp import WINDOWS
 
-NAME = "paper3_ct"
-TITLE = "Paper 3: computed tomography with learned convex regularisers"
+NAME = "bogensperger_2024_ct"
+TITLE = "Bogensperger et al. 2024: computed tomography with learned convex regularisers"
 PARTS = ("classical", "maid", "experts", "network", "adversarial", "primal-dual", "compared")
 WIDTH = 256.0  # of a slice, so that line integrals are those of the paper
 TV = jb.regularizers.TV()

@@ -69,9 +69,9 @@ def test_files_without_masks_and_odd_sizes_are_sentences(tmp_path):
 def test_scores_of_a_perfect_and_of_an_empty_segmentation():
     test = {"x": jnp.ones((2, 16, 16)), "labels": jnp.zeros((2, 16, 16), bool).at[:, 3:6, 3:6].set(True)}
     sign = jnp.where(test["labels"], 50.0, -50.0)
-    right = kadagala_2025_joint.figures((test["x"], sign), test)
+    right = kadagala_2025_joint.scores((test["x"], sign), test)
     assert right["dice"] == right["pooled_dice"] == 1 and right["task"] < 1e-6 and "psnr" not in right
-    nothing = kadagala_2025_joint.figures((test["x"] + 0.02, -50 * jnp.ones_like(sign)), test)
+    nothing = kadagala_2025_joint.scores((test["x"] + 0.02, -50 * jnp.ones_like(sign)), test)
     assert nothing["dice"] == nothing["pooled_dice"] == 0 and nothing["psnr"] == pytest.approx(40, abs=1e-3)
 
 

@@ -45,7 +45,7 @@ WIDTH_PSI = 0.01
 
 
 @dataclass(frozen=True)
-class Centred:
+class Centred(jb.Regularizer):
     """A regulariser that reads its filters without their means, and without learning the widths of its potentials.
 
     As a projection after each step, the same would leave in the hypergradient the derivative in the means, which is
@@ -60,6 +60,9 @@ class Centred:
         if "log_smoothing" in params:
             params["log_smoothing"] = jnp.full_like(params["log_smoothing"], math.log(WIDTH_PSI))
         return params
+
+    def init(self, key=None):
+        return self.inner.init(key)
 
     def check(self, params):
         self.inner.check(params)

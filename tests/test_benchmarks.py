@@ -131,10 +131,23 @@ def test_committed_results_render():
     anchors = set(re.findall(r'<a id="(\w+)"></a>', page))
     links = re.findall(r"\]\(#([^)]+)\)", page)
     assert anchors == {path.stem for path in common.RESULTS.glob("*.jsonl")} == set(links)
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md") if path.stem != "results")
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("[!r]*.md")))
     assert set(re.findall(r"results\.md#([^)]+)\)", text)) <= anchors
     for name in re.findall(r"\]\(figures/([^)]+)\)", page):
         assert (common.FIGURES / name).is_file()
+
+
+def test_sources_page_names_what_is_there():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    keys = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.M))
+    named = re.findall(r"`([^`]+)`", page)
+    paths = [name for name in named if "/" in name]
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    assert {name for name in named if re.fullmatch(r"\w+_\d{4}|kadagala_hoag_report", name)} <= keys
+    assert {path.name for path in (ROOT / "benchmarks" / "papers").glob("*_*.py")} - {Path(p).name for p in paths} == {
+        "__init__.py", "bogensperger_2024_ct_page.py", "bogensperger_2024_tv.py", "ehrhardt_2025_tv_page.py",
+    }  # fmt: skip
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == set(re.findall(r'<a id="([^"]+)"></a>', page))
 
 
 @pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)

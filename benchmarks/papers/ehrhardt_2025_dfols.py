@@ -1,4 +1,4 @@
-"""Paper 2's first figure: MAID against DFO-LS, which needs no hypergradient, on total variation with two parameters.
+"""MAID against DFO-LS, which needs no hypergradient, on total variation with two parameters (Ehrhardt 2025).
 
 Crops of photographs with noise 0.1, weight and smoothing of isotropic smoothed TV learned from three starts. DFO-LS
 solves the lower level to an accuracy that follows its trust region (first accuracy as named), MAID chooses its own.
@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
 
-NAME = "paper2_dfols"
-TITLE = "Paper 2: MAID against DFO-LS"
+NAME = "ehrhardt_2025_dfols"
+TITLE = "Ehrhardt 2025: MAID against DFO-LS"
 STARTS = ((-5.0, -5.0), (-2.5, -4.0), (0.0, 0.0))
 FIRST = (1.0, 1e-1, 1e-2)  # first accuracies of DFO-LS, absolute 2-norms per crop
 LEARNED = jb.regularizers.SmoothedTV()
@@ -93,7 +93,7 @@ def render(rows: Sequence[dict]) -> str:
     intro = (
         f"{settings['batch'][0]} crops of {settings['sizes'][0]} x {settings['sizes'][0]}; best of all {goal:.3f} dB.\n"
     )
-    return "\n".join([intro, common.table(header, lines), "![MAID and DFO-LS](figures/paper2_dfols.png)\n"])
+    return "\n".join([intro, common.table(header, lines), "![MAID and DFO-LS](figures/ehrhardt_2025_dfols.png)\n"])
 
 
 def figures(rows: Sequence[dict], folder: Path) -> None:
@@ -115,7 +115,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
     panels[0].set_ylabel("PSNR of mean MSE [dB]")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper2_dfols.png", dpi=110)
+    figure.savefig(Path(folder) / "ehrhardt_2025_dfols.png", dpi=110)
 
 
 def main(argv=None) -> None:

@@ -26,8 +26,8 @@ import jbilevel as jb
 from benchmarks import common, networks
 from benchmarks.networks import scans
 
-NAME = "paper1_joint"
-TITLE = "Paper 1: reconstruction and segmentation, sequential and joint"
+NAME = "kadagala_2025_joint"
+TITLE = "Kadagala 2025: reconstruction and segmentation, sequential and joint"
 MASKS = {"mask": lambda v, label: v == 1, "label": lambda v, label: v == label}  # entries of an .npz
 
 
@@ -148,7 +148,7 @@ def pipelines(args, data: networks.Scans, seed: int):
     yield "joint, frozen T", middle, "normalised", seen(lpd, jb.combine(params, frozen)), cost
 
 
-def figures(found, test) -> dict[str, Any]:
+def scores(found, test) -> dict[str, Any]:
     images, logits = found
     marked, labels = (logits > 0).astype(jnp.int32), test["labels"].astype(jnp.int32)
     exact = bool(jnp.all(images == test["x"]))
@@ -237,7 +237,7 @@ def main(argv=None) -> None:
         data = (drawn if args.data is None else labelled)(args, np.random.default_rng(seed))
         for row, weight, scaling, found, cost in pipelines(args, data, seed):
             case = {"data": name, "row": row, "weight": weight, "scaling": scaling, "seed": seed}
-            measured = recorder.add(case, cost | figures(found, data.test))["figures"]
+            measured = recorder.add(case, cost | scores(found, data.test))["figures"]
             print(seed, row, weight, scaling, {k: measured.get(k) for k in ("pooled_dice", "psnr")}, flush=True)
             recorder.write()
     print(render(recorder.rows))

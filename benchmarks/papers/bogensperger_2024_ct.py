@@ -1,4 +1,4 @@
-"""Paper 3's Table 1 and Figure 4: learned convex regularisers for sparse-view computed tomography.
+"""Learned convex regularisers for sparse-view computed tomography (Bogensperger et al. 2024, Table 1 and Figure 4).
 
 Slices in [0, 1] on a square of 256 mm, parallel beam, noise of standard deviation 2 on the line integrals as in the
 paper, and as many views per pixel across as its 200 at 512 x 512. Fields of experts and an input-convex network learn
@@ -31,12 +31,12 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common, networks
-from benchmarks.papers import paper3_ct_page as page
+from benchmarks.papers import bogensperger_2024_ct_page as page
 from jbilevel import image_of
 from jbilevel.operators.fbp import WINDOWS
 
-NAME = "paper3_ct"
-TITLE = "Paper 3: computed tomography with learned convex regularisers"
+NAME = "bogensperger_2024_ct"
+TITLE = "Bogensperger et al. 2024: computed tomography with learned convex regularisers"
 PARTS = ("classical", "maid", "experts", "network", "adversarial", "primal-dual", "compared")
 WIDTH = 256.0  # of a slice, so that line integrals are those of the paper
 TV = jb.regularizers.TV()
@@ -45,7 +45,7 @@ WIDTH_PSI = 0.01
 
 
 @dataclass(frozen=True)
-class Centred:
+class Centred(jb.Regularizer):
     """A regulariser that reads its filters without their means, and without learning the widths of its potentials.
 
     As a projection after each step, the same would leave in the hypergradient the derivative in the means, which is
@@ -60,6 +60,9 @@ class Centred:
         if "log_smoothing" in params:
             params["log_smoothing"] = jnp.full_like(params["log_smoothing"], math.log(WIDTH_PSI))
         return params
+
+    def init(self, key=None):
+        return self.inner.init(key)
 
     def check(self, params):
         self.inner.check(params)

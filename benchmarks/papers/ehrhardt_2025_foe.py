@@ -1,4 +1,4 @@
-"""Paper 2's second figure: Fields of Experts with thousands of parameters, MAID without tuning against HOAG.
+"""Fields of Experts with thousands of parameters, MAID without tuning against HOAG (Ehrhardt 2025).
 
 Crops of photographs with noise 0.1. Every method starts at the same filters, chooses its own first accuracies, and
 may spend the same work, counted in gradient-equivalents of the lower level (values, gradients and Hessian
@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
 
-NAME = "paper2_foe"
-TITLE = "Paper 2: Fields of Experts, MAID against HOAG"
+NAME = "ehrhardt_2025_foe"
+TITLE = "Ehrhardt 2025: Fields of Experts, MAID against HOAG"
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 TV = jb.regularizers.SmoothedTV(eps=1e-3)
 TV_WEIGHTS = tuple(0.05 * 1.1**k for k in range(8))
@@ -140,7 +140,7 @@ def render(rows: Sequence[dict]) -> str:
         ratio = maid[0] / min(hoag)
         met = "met" if ratio <= WITHIN else "NOT met"
         verdict = f"- MAID's training loss over the best schedule's: {ratio:.3f}; criterion <= {WITHIN}: {met}.\n"
-    picture = "![Training loss and accuracy of MAID and HOAG](figures/paper2_foe.png)\n"
+    picture = "![Training loss and accuracy of MAID and HOAG](figures/ehrhardt_2025_foe.png)\n"
     return "\n".join([intro, common.table(header, lines), verdict, picture])
 
 
@@ -167,7 +167,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         axes.grid(alpha=0.25)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper2_foe.png", dpi=110)
+    figure.savefig(Path(folder) / "ehrhardt_2025_foe.png", dpi=110)
 
 
 def main(argv=None) -> None:

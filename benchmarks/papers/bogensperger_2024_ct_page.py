@@ -1,4 +1,4 @@
-"""The page of paper3_ct: table, verdicts on the order of the methods, and pictures with an enlarged part."""
+"""The page of bogensperger_2024_ct: table, verdicts on the order of the methods, and pictures with an enlarged part."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def render(rows: Sequence[dict]) -> str:
         if "solver" in row["case"]
     ]  # fmt: skip
     parts = [intro, common.table(header, lines), "".join(verdicts)]
-    parts.append("![Reconstructions of a drawn slice](figures/paper3_ct.png)\n")
+    parts.append("![Reconstructions of a drawn slice](figures/bogensperger_2024_ct.png)\n")
     if scan:
         parts.append("Iterations of PDHG to a residual of 1e-3 by the balance of its steps:\n")
         parts.append(
@@ -110,4 +110,4 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
             axis.imshow(pixels, cmap="gray", vmin=0.5 * 255, vmax=0.95 * 255, interpolation="nearest")
             axis.axis("off")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper3_ct.png", dpi=100)
+    figure.savefig(Path(folder) / "bogensperger_2024_ct.png", dpi=100)

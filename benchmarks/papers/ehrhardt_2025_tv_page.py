@@ -1,4 +1,4 @@
-"""Section and figures of `benchmarks.papers.paper2_tv`, from its rows alone."""
+"""Section and figures of `benchmarks.papers.ehrhardt_2025_tv`, from its rows alone."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def render(rows: Sequence[dict]) -> str:
 
 # -------------------------------------------------------------------------------------------------------- figures
 
-FIGURES = {"convergence": ("paper2_convergence.png", "paper2_schedules.png")}
+FIGURES = {"convergence": ("ehrhardt_2025_tv_convergence.png", "ehrhardt_2025_tv_schedules.png")}
 
 
 def figures(rows: Sequence[dict], folder: Path) -> None:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common, networks
 
-NAME = "paper1_ct"
-TITLE = "Paper 1: learned primal-dual reconstruction, LSPD and sketched LSPD"
+NAME = "kadagala_2025_lpd"
+TITLE = "Kadagala 2025: learned primal-dual reconstruction, LSPD and sketched LSPD"
 TV = jb.regularizers.SmoothedTV(eps=0.003)
 TV_WEIGHTS = tuple(1e-3 * 2.0**k for k in range(-2, 3))
 CASE = ("data", "size", "views", "photons")

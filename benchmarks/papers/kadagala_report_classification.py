@@ -1,4 +1,4 @@
-"""Pictures classified behind a denoiser that is learned for the classification, at the protocol of paper 0's table.
+"""Pictures classified behind a denoiser that is learned for the classification, as in Kadagala's report, Table 2.
 
 T* is a small ResNet trained on clean mirrored images, its batch statistics set once and then frozen; the loss is the
 cross-entropy, the score top-1. The lower level sees the noisy image alone. The default data are scikit-learn's digits;
@@ -19,8 +19,8 @@ import jbilevel as jb
 from benchmarks import tasks
 from jbilevel.data.photographs import centre_crop
 
-NAME = "paper0_classification"
-TITLE = "Paper 0: classification behind a learned denoiser"
+NAME = "kadagala_report_classification"
+TITLE = "Kadagala (report): classification behind a learned denoiser"
 SCORES = {"top1": "top-1", "top5": "top-5"}
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -88,7 +88,7 @@ def options(parser) -> None:
     parser.add_argument("--limit", type=int, help="pictures read of each part of Stanford Dogs")
     parser.add_argument("--weights", help=".pth or .safetensors of torchvision for this depth and width")
     parser.add_argument("--depth", type=int, help="of the ResNet")
-    parser.add_argument("--width", type=int, help="of the ResNet, 64 in the paper")
+    parser.add_argument("--width", type=int, help="of the ResNet, 64 in torchvision's")
     parser.add_argument("--stem", choices=("imagenet", "small"), help="of the ResNet")
 
 

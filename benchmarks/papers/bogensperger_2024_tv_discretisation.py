@@ -1,4 +1,4 @@
-"""Paper 3, section 4.1: the discretisation of total variation learned by piggyback, against standard TV at its best.
+"""Total variation discretised by piggyback, against standard TV at its best (Bogensperger et al. 2024, section 4.1).
 
 Crops of photographs with noise 25.5/255. Every gain is a difference of PSNR, image by image, to standard total
 variation with the weight that is best on the test crops. Learning takes Adam with 60 warm primal-dual iterations and
@@ -23,10 +23,10 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
-from benchmarks.papers import paper3_tv as shared
+from benchmarks.papers import bogensperger_2024_tv as shared
 
-NAME = "paper3_tv_discretisation"
-TITLE = "Paper 3: learned discretisations of total variation"
+NAME = "bogensperger_2024_tv_discretisation"
+TITLE = "Bogensperger et al. 2024: learned discretisations of total variation"
 TV, CONDAT = jb.regularizers.TV(), jb.regularizers.LearnedTV(count=3)
 LEARNED = {sums: jb.regularizers.LearnedTV(sums=sums) for sums in ("equal", "free")}
 FOE = shared.Experts()
@@ -213,8 +213,10 @@ def render(rows: Sequence[dict]) -> str:
     ]  # fmt: skip
     lines = [_line(row) for row in results]
     parts = [intro, common.table(header, lines), _verdicts(results), _smooth_table(of(rows, "strongly convex"))]
-    parts.append("![Learned filters](figures/paper3_filters.png)\n")
-    parts.append("![Reconstructions of a photograph that was not trained on](figures/paper3_reconstructions.png)\n")
+    parts.append("![Learned filters](figures/bogensperger_2024_tv_filters.png)\n")
+    parts.append(
+        "![Reconstructions of a photograph that was not trained on](figures/bogensperger_2024_tv_reconstructions.png)\n"
+    )
     return "\n".join(parts)
 
 
@@ -280,7 +282,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
     banks = {"equal sums": learned["equal"], "free sums": learned["free"]}
     for part, (name, params) in zip(figure.subfigures(len(banks), 1), banks.items(), strict=True):
         shared.show_filters(part, np.asarray(params["filters"]), name)
-    shared.save(figure, folder, "paper3_filters.png")
+    shared.save(figure, folder, "bogensperger_2024_tv_filters.png")
 
     clean, noisy = shared.photograph()
     models = {"TV": (TV, tv_at(first["TV"]["weight"])), "Condat": (CONDAT, condat_at(first["Condat"]["weight"]))}
@@ -292,7 +294,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         shown[name] = shared.denoised(regularizer, params, noisy[None], residual=1e-4)[0]
     figure = Figure(figsize=(2 * len(shown), 4.3), layout="constrained")
     shared.show_reconstructions(figure, clean, shown, shared.WINDOW)
-    shared.save(figure, folder, "paper3_reconstructions.png")
+    shared.save(figure, folder, "bogensperger_2024_tv_reconstructions.png")
 
 
 def main(argv=None) -> None:

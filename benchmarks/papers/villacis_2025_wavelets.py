@@ -1,4 +1,4 @@
-"""Paper 4's wavelet restoration: noisy, blurred and incomplete photographs, with learned weights of coefficients.
+"""Noisy, blurred and incomplete photographs restored with learned weights of wavelet coefficients (Villacís 2025).
 
 Lower level: 1/2 ||R W'x - y||^2 + alpha/2 ||x||^2 + sum_i w_i |x_i| with an orthogonal wavelet transform W; upper
 level: mean PSNR loss of W'x. Weights: one for all, one for each subband, one for each coefficient; learned on some
@@ -23,8 +23,8 @@ import jbilevel as jb
 from benchmarks import common
 from jbilevel.operators import Mask, Wavelet, gaussian_blur
 
-NAME = "paper4_wavelets"
-TITLE = "Paper 4: wavelet restoration of photographs"
+NAME = "villacis_2025_wavelets"
+TITLE = "Villacís 2025: wavelet restoration of photographs"
 RIDGE = 1e-3  # alpha: with it every solve carries a proven error
 TARGET = 0.8  # share of the oracle's gain that learned subband weights should reach
 GRID = tuple(np.geomspace(0.4, 2e-3, 24))  # downwards, each solve from the last one
@@ -239,7 +239,7 @@ def render(rows: Sequence[dict]) -> str:
             ])  # fmt: skip
         header = ["weights", "training PSNR", "test PSNR", "gain", "least image", "steps", "s"]
         parts += [f"### {DAMAGES[damage].shown.capitalize()}\n", common.table(header, lines), _verdict(own)]
-    parts.append("![restored photographs](figures/paper4_wavelets.png)\n")
+    parts.append("![restored photographs](figures/villacis_2025_wavelets.png)\n")
     return "\n".join(parts)
 
 
@@ -287,7 +287,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
                 axes.set_title(name + quality, fontsize=7)
                 axes.axis("off")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper4_wavelets.png", dpi=90)
+    figure.savefig(Path(folder) / "villacis_2025_wavelets.png", dpi=90)
 
 
 def main(argv=None) -> None:

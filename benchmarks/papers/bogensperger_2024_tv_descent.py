@@ -1,4 +1,4 @@
-"""Paper 3, Figures 1b and 3: MAID against fixed steps and Adam, on the discretisation of total variation.
+"""MAID against fixed steps and Adam on learned total variation (Bogensperger et al. 2024, Figures 1b and 3).
 
 All runs learn eight filters and the weight, start at the same filters, and may spend the same number of iterations,
 lower and adjoint ones together with what MAID's error estimates cost. MAID starts from accuracy eps for both solves and
@@ -22,10 +22,10 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
-from benchmarks.papers import paper3_tv as shared
+from benchmarks.papers import bogensperger_2024_tv as shared
 
-NAME = "paper3_tv_descent"
-TITLE = "Paper 3: MAID against fixed steps, learned total variation"
+NAME = "bogensperger_2024_tv_descent"
+TITLE = "Bogensperger et al. 2024: MAID against fixed steps, learned total variation"
 MODELS = {  # as it is in the paper, and strongly convex-concave at the price of 0.02 dB
     "exact": jb.regularizers.LearnedTV(),
     "curved": jb.regularizers.LearnedTV(dual_curvature=1e-2, auxiliary_curvature=1e-2, width=1e-3),
@@ -212,9 +212,9 @@ def render(rows: Sequence[dict]) -> str:
         parts.append(f"**{name.capitalize()}**, loss at the start {learned[0]['figures']['start']:.4f}\n")
         parts.append(common.table(header, [_line(row["case"], row["figures"]) for row in learned]))
         parts += [_comparison(learned), _points(of(own, "point"))]
-    parts.append("![Loss over iterations](figures/paper3_descent.png)\n")
+    parts.append("![Loss over iterations](figures/bogensperger_2024_tv_descent.png)\n")
     if of(rows, "point"):
-        parts.append("![Reconstructions at the high and the low point](figures/paper3_oscillation.png)\n")
+        parts.append("![Reconstructions at the high and the low point](figures/bogensperger_2024_tv_oscillation.png)\n")
     return "\n".join(parts)
 
 
@@ -278,7 +278,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
     handles += [Line2D([], [], color="0.3", ls=STYLES[i], label=f"$\\epsilon$ = {e:g}")
                 for i, e in enumerate(epsilons)]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    shared.save(figure, folder, "paper3_descent.png")
+    shared.save(figure, folder, "bogensperger_2024_tv_descent.png")
 
     points = {row["case"]["point"]: row for row in of(models.get("exact", []), "point")}
     if points:
@@ -290,7 +290,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
             shown[title] = shared.denoised(MODELS["exact"], params, noisy[None], residual=1e-4)[0]
         figure = Figure(figsize=(2.2 * len(shown), 4.8), layout="constrained")
         shared.show_reconstructions(figure, clean, shown, shared.WINDOW)
-        shared.save(figure, folder, "paper3_oscillation.png")
+        shared.save(figure, folder, "bogensperger_2024_tv_oscillation.png")
 
 
 def _curves(axis, rows: Sequence[dict], alphas: list, epsilons: list) -> None:

@@ -1,4 +1,4 @@
-"""Paper 2, TV denoising with two learned parameters: MAID against HOAG and fixed accuracies, photographs, momentum.
+"""TV denoising with two learned parameters as in Ehrhardt 2025: MAID, HOAG, fixed accuracies, photographs, momentum.
 
 Work counts gradient-equivalents: every value, gradient and Hessian product of the lower level counts one. Upper-level
 values are computed again afterwards at the parameters that a method visited, by tight solves that are not counted.
@@ -21,11 +21,11 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
-from benchmarks.papers import paper2_tv_page
+from benchmarks.papers import ehrhardt_2025_tv_page
 from jbilevel._core.results import Hypergradient, Value
 
-NAME = "paper2_tv"
-TITLE = "Paper 2: TV denoising, MAID against HOAG and fixed accuracies"
+NAME = "ehrhardt_2025_tv"
+TITLE = "Ehrhardt 2025: TV denoising, MAID against HOAG and fixed accuracies"
 PARTS = ("convergence", "photographs", "momentum")
 # optimum of the reference problem, from BFGS on hypergradients solved to 1e-10
 BEST = 3.16810134713
@@ -341,7 +341,7 @@ def momentum(args, recorder) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- main
 
-render, figures = paper2_tv_page.render, paper2_tv_page.figures
+render, figures = ehrhardt_2025_tv_page.render, ehrhardt_2025_tv_page.figures
 
 
 def recorder_of(part: str, args) -> common.Recorder:
@@ -379,9 +379,9 @@ def main(argv=None) -> None:
             jobs[part](args, recorder)
         print(f"{part}: {len(recorder.rows)} rows, {time.perf_counter() - start:.0f} s", flush=True)
         rows += recorder.rows
-    print(paper2_tv_page.render(rows))
+    print(ehrhardt_2025_tv_page.render(rows))
     if args.out is None:
-        paper2_tv_page.figures(common.read_rows(common.RESULTS / f"{NAME}.jsonl"), common.FIGURES)
+        ehrhardt_2025_tv_page.figures(common.read_rows(common.RESULTS / f"{NAME}.jsonl"), common.FIGURES)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
 from benchmarks import common
 
@@ -294,7 +294,7 @@ def main(argv=None) -> None:
     args = common.parse(options, argv)
     if (args.data is None) != (args.test is None):
         raise SystemExit("--data and --test go together: images to learn from, and others to be judged on")
-    recorder = common.Recorder(NAME, args, script=f"benchmarks/papers/{NAME}.py")
+    recorder = common.Recorder(NAME, args, script=f"benchmarks/{NAME}.py")
     recorder.options |= {key: Path(getattr(args, key) or "scikit-image").name for key in ("data", "test")}
     with common.precision("float32"):
         measure(args, recorder, load(args))

@@ -1,8 +1,8 @@
-"""Street scenes segmented behind a denoiser that is learned for the segmentation, at the protocol of paper 0's table.
+"""Street scenes segmented behind a denoiser that is learned for the segmentation, as in Kadagala's report, Table 1.
 
 T* is a U-Net trained on clean images with mirrored crops; its loss, and that of the upper level, is CE + Dice + IoU +
 log-cosh Dice. The lower level sees the noisy image alone: with an honest data term no row can reach the Dice that the
-paper prints for σ = 0.4 and 0.8, which is that of clean images. The default data are drawn shapes with exact labels;
+report prints for σ = 0.4 and 0.8, which is that of clean images. The default data are drawn shapes with exact labels;
 --data and --held-out take CamVid frames as .npz, --cityscapes the folder of Cityscapes.
 """
 
@@ -20,8 +20,8 @@ import jbilevel as jb
 from benchmarks import tasks
 from benchmarks.tasks import task_adapted_segmentation
 
-NAME = "paper0_segmentation"
-TITLE = "Paper 0: segmentation behind a learned denoiser"
+NAME = "kadagala_report_segmentation"
+TITLE = "Kadagala (report): segmentation behind a learned denoiser"
 SCORES = {"dice": "Dice", "pooled_dice": "pooled Dice", "iou": "IoU"}
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 VOID = 255

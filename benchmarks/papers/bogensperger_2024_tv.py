@@ -23,8 +23,8 @@ LOSS = jb.losses.squared_error(part=(0, 0))
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Fields of Experts in Huber's form, of which the filters alone are learned (paper 3: 400 parameters).
+class Experts(jb.Regularizer):
+    """Fields of Experts in Huber's form, of which the filters alone are learned (Bogensperger et al. 2024 have 400).
 
     Weights and widths are equal and fixed: the norms of the filters do what weights would.
     """
@@ -33,7 +33,7 @@ class Experts:
     weight: float = 0.1
     width: float = 0.015
 
-    def init(self) -> dict:
+    def init(self, key=None) -> dict:
         """The cosines of lowest frequency, without the constant, of norm 1."""
         size = self.foe.size
         waves = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
@@ -42,15 +42,18 @@ class Experts:
         filters /= np.linalg.norm(filters, axis=(1, 2), keepdims=True)
         return {"filters": jnp.asarray(filters, jnp.float32)}
 
-    def project(self, params: dict) -> dict:
-        return params
-
-    def saddle(self, params: dict):
+    def full(self, params: dict) -> dict:
         """Filters are read without their means, whose derivatives would drown all others in Adam's second moments."""
         filters = params["filters"] - jnp.mean(params["filters"], axis=(1, 2), keepdims=True)
         fixed = {"log_weights": np.log(self.weight / self.foe.count), "log_smoothing": np.log(self.width)}
         vectors = {name: jnp.full((self.foe.count,), value, filters.dtype) for name, value in fixed.items()}
-        return self.foe.saddle({"log_weight": jnp.zeros((), filters.dtype), "filters": filters, **vectors})
+        return {"log_weight": jnp.zeros((), filters.dtype), "filters": filters, **vectors}
+
+    def __call__(self, params: dict, x):
+        return self.foe(self.full(params), x)
+
+    def saddle(self, params: dict):
+        return self.foe.saddle(self.full(params))
 
 
 def problem(regularizer):

@@ -1,4 +1,4 @@
-"""Paper 4's tables: sparse regression and classification with one penalty for all coefficients, or one for each.
+"""Sparse regression and classification with one penalty for all coefficients, or one for each (Villacís 2025).
 
 Lower level: 1/2 ||A y - b||^2 (or the mean logistic loss) + alpha/2 ||y||^2 + sum_i exp(x_i) |y_i| on n training rows;
 upper level: the same loss without penalties on n validation rows; judged on n test rows that neither has seen.
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import common
 
-NAME = "paper4_tables"
-TITLE = "Paper 4: one penalty against one for each coefficient"
+NAME = "villacis_2025_regression"
+TITLE = "Villacís 2025: one penalty against one for each coefficient"
 RIDGE = 1e-3  # alpha
 NOISE = 0.1  # of the targets (the scores), relative
 GRID = 20
@@ -279,10 +279,10 @@ def render(rows: Sequence[dict]) -> str:
         parts += [
             f"### {name.capitalize()}: {score}\n", common.table(header, lines),
             f"Weighted beats scalar in test {score} in {wins} of {len(own)} rows "
-            f"({len(ROWS[name])} in the paper); criterion >= 90 %: {verdict}. "
+            f"({len(ROWS[name])} in the slides); criterion >= 90 %: {verdict}. "
             f"Lower-level solves that ended at the step limit: {unsolved}.\n",
         ]  # fmt: skip
-    parts.append("![signals and learned weights](figures/paper4_signals.png)\n")
+    parts.append("![signals and learned weights](figures/villacis_2025_signals.png)\n")
     return "\n".join(parts)
 
 
@@ -321,7 +321,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
         for axes in line:
             axes.grid(alpha=0.25)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "paper4_signals.png", dpi=100)
+    figure.savefig(Path(folder) / "villacis_2025_signals.png", dpi=100)
 
 
 def main(argv=None) -> None:

@@ -3,6 +3,7 @@
 The quick cases are small and their references dense; the slow ones are the photographs of `benchmarks/correction.py`.
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 

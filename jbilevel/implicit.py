@@ -1,7 +1,7 @@
 """Implicit differentiation: hypergradients and differentiable minimisers through the implicit function theorem.
 
 For x_hat(params) = argmin energy, H = Hessian in x, J = d_params grad_x energy:
-d loss(x_hat) = d_params loss - J' q with H q = grad_x loss (papers 0 and 2).
+d loss(x_hat) = d_params loss - J' q with H q = grad_x loss (Pedregosa 2016).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ __all__ = ["BIACTIVE", "Oracle", "argmin", "residual"]
 def residual(problem: WeightedL1Problem, params, x, data, *, step):
     """The forward-backward residual (x - prox_{step G}(x - step grad F(x)))/step: zero at x_hat and nowhere else.
 
-    ``step`` should be less than 1/L (paper 4, section 3, where it is gamma).
+    ``step`` should be less than 1/L (Villacís 2025, where it is gamma).
     """
     view = problem.view(params, data)
     moved = trees.add_scaled(x, -step, view.smooth.gradient(x))
@@ -44,7 +44,8 @@ def _require(problem, solver, name: str) -> None:
 
 @dataclass(frozen=True)
 class Oracle(AdjointOracle):
-    """Hypergradient oracle of a weighted l1 lower level, by implicit differentiation on the support (paper 4).
+    """Hypergradient oracle of a weighted l1 lower level, by implicit differentiation on the support
+    (Villacís 2025).
 
     Args:
       problem: `WeightedL1Problem`. loss: ``loss(params, x, data) -> scalar`` for one sample.

@@ -30,7 +30,7 @@ def _require(problem, solver, name: str, instead: str) -> None:
 
 @dataclass(frozen=True)
 class Oracle(AdjointOracle):
-    """Hypergradient oracle of a saddle-point lower level by piggyback (paper 3, Algorithm 2).
+    """Hypergradient oracle of a saddle-point lower level by piggyback (Bogensperger et al. 2024, Algorithm 2).
 
     Args:
       problem: `SaddleProblem`. loss: ``loss(params, (x, y), data) -> scalar`` for one sample.

@@ -40,11 +40,11 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
     z is the hypergradient at an inexact solution x and adjoint q. With eps >= ||x - x_hat|| the exact adjoint system
     holds for q up to R = residual + (L_H ||q|| + L_g) eps, so that q is within e(R) of exact, e the bound by which
     residuals prove distances (R/mu for a smooth energy). Hence ||z - z_hat|| <= L_J eps (||q|| + e) + ||J|| e, the
-    order of MAID's omega (Salehi et al. 2025, Theorem 2.1) with the computed ||q|| in place of ||grad l||/mu.
+    order of MAID's omega (Salehi et al. 2024, Theorem 2.1) with the computed ||q|| in place of ||grad l||/mu.
 
     For a saddle point the blocks add up, and parameters of the linear operator K with
     |<(d K)[e] x, y>| <= J ||e|| ||x|| ||y|| contribute J (|y| E_x + (|X| + E_x) eps_y + |x| E_y + (|Y| + E_y) eps_x):
-    (13), (14) and (16) of Bogensperger et al. without inverse Hessians, hence with smaller constants, and for
+    (13), (14) and (16) of Bogensperger et al. 2024 without inverse Hessians, hence with smaller constants, and for
     parameters in the proxes too.
     """
     needed = [loss_smoothness, blocks.linear_mixed]
@@ -83,7 +83,7 @@ def value_errors(blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift
     Holds for any q, with residual that of q in the adjoint system and shift = <q, grad energy(x)>. Taylor: loss(x_hat)
     - loss(x) = <grad loss, D> + O(L_g |D|^2/2), D = x_hat - x, |D| <= eps; grad loss = H q + r with ||r|| = residual,
     and H D = -grad energy + O(L_H |D|^2/2). With q = 0 this is MAID's interval |grad loss| eps + L_g eps^2/2 (Salehi et
-    al. 2025, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``likely`` for eps,
+    al. 2024, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``likely`` for eps,
     leaves L_H out, and takes L_g = 1 where it is not given. loss_gradient: norms of its blocks.
     """
 

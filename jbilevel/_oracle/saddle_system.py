@@ -3,7 +3,7 @@
 With x = prox_g(p) and y = prox_f*(r) all Hessians appear through VJPs of the two proxes at p and r: (d prox_g)' =
 (I + tau G)^-1 for the Hessian G of g at x, and where g has none it is what takes its place. The adjoint (X, Y) solves
 G X + K*Y = -grad_x l, F Y - K X = grad_y l, with G, F the Hessians of g, f*: the same primal-dual iteration, with the
-VJPs of the same proxes at the same arguments (Bogensperger et al., Algorithms 1 and 2).
+VJPs of the same proxes at the same arguments (Bogensperger et al. 2024, Algorithms 1 and 2).
 """
 
 from __future__ import annotations

@@ -26,17 +26,31 @@ FAILURES = ("nan", "drop")
 
 
 class Sample(NamedTuple):
-    """What a kind of oracle reports about one sample."""
+    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact."""
 
     value: Any  # upper-level value at the computed x
-    shift: Any  # its signed first-order error (value - shift is the corrected value)
-    estimate: Any  # of |value - shift - exact|
-    bound: Any  # proven bound on the error of the value that the batch mean uses, inf where unknown
-    gradient_bound: Any  # proven bound on this sample's hypergradient error, inf where unknown
-    residual_ratio: Any  # share of the residuals that a Newton correction left
     warm: Warm
     lower: SolveInfo
     adjoint: SolveInfo
+    shift: Any = None  # signed first-order error of the value (value - shift is the corrected value); 0
+    estimate: Any = None  # of |value - shift - exact|; inf
+    bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
+    gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
+    residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+
+    def filled(self, exact: bool) -> Sample:
+        """With arrays in place of what was left out."""
+        zero = jnp.zeros_like(self.value)
+        unknown = zero if exact else jnp.full_like(self.value, jnp.inf)
+        defaults = {
+            "shift": zero,
+            "residual_ratio": zero,
+            "estimate": unknown,
+            "bound": unknown,
+            "gradient_bound": unknown,
+        }
+        given = self._asdict()
+        return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
 
 
 class PullBackPoints(NamedTuple):
@@ -327,8 +341,9 @@ def over_samples(function):
     return run
 
 
-def _named(sample: Sample) -> Sample:
+def _named(oracle: Oracle, sample: Sample) -> Sample:
     """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
+    sample = sample.filled(oracle.exact)
     status = jnp.maximum(sample.lower.status, jnp.where(jnp.isfinite(sample.value), 0, Status.NONFINITE)).astype(
         jnp.int32
     )
@@ -348,7 +363,7 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
         (mapped, start), _ = chunk
         with _products(oracle):
             samples = over_samples(lambda m, w: oracle.sample_value(params, split.data(m), w, tol))(mapped, start)
-        return carry, _named(samples)
+        return carry, _named(oracle, samples)
 
     _, samples = _in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
@@ -451,7 +466,7 @@ class PullBackOracle(Oracle, abstract=True):
     def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
         solve = over_samples(lambda m, w: self.sample(params, chunk.split.data(m), w, tol, adjoint_tol))
         samples, points = solve(chunk.mapped, chunk.start)
-        samples, mapped, weight = _named(samples), chunk.mapped, chunk.weight
+        samples, mapped, weight = _named(self, samples), chunk.mapped, chunk.weight
         kept = chunk.kept(self, samples)
         if chunk.may_leave:
             (mapped, points), weight = _without(kept, (mapped, points), weight)
@@ -483,7 +498,7 @@ class ForwardOracle(Oracle, abstract=True):
 
         differentiate = jax.grad(weighted, has_aux=True)
         gradients, samples = differentiate(params, chunk.mapped, chunk.start, chunk.weight)
-        samples = _named(samples)
+        samples = _named(self, samples)
         if not chunk.may_leave:
             return PullBackPoints(gradients), samples
         kept = chunk.kept(self, samples)

@@ -88,7 +88,7 @@ class AdjointOracle(base.PullBackOracle, abstract=True):
         view = self._view(params, data, warm.x)
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
-        points, left = PullBackPoints(system.point(adjoint)), jnp.zeros_like(adjoint.residual)
+        points, left = PullBackPoints(system.point(adjoint)), None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
             left = newton.residual_ratio
@@ -123,7 +123,6 @@ class AdjointOracle(base.PullBackOracle, abstract=True):
             estimate=rest.estimate,
             bound=bound,
             gradient_bound=jnp.asarray(proven, bound.dtype),
-            residual_ratio=jnp.zeros_like(bound),
             warm=Warm(system.x, adjoint.q),
             lower=info,
             adjoint=adjoint.info._replace(error=view.error_bound(adjoint.info.residual)),

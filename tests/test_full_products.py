@@ -3,6 +3,7 @@
 TF32, the default of recent NVIDIA GPUs, keeps three digits. A CPU has none, therefore the programs are read, not run.
 """
 
+import re
 from collections.abc import Iterator
 
 import jax
@@ -166,6 +167,39 @@ def test_the_float32_part_of_a_solve_in_float64():
     oracle = jb.implicit.Oracle(mixed, loss_with_products)
     assert precisions(lambda p, b: oracle(p, b, tol=1e-3), params, batched(data)) == FULL
     assert precisions(lambda p, d: jb.solve(mixed, p, d, tol=1e-3), params, data) == FULL
+
+
+# inside operators, which are traced a second time when the program around them is lowered
+
+
+def mixed(x):
+    return jnp.asarray(np.arange(1.0, 3 * SIZE + 1).reshape(3, SIZE), x.dtype) @ x
+
+
+MIXED = jb.operators.from_functions(mixed, None, (SIZE,), (3,))
+OPERATOR = jb.SmoothProblem(
+    lambda p, x, d: energy(p, x, d) + jnp.sum(MIXED(x) ** 2), start, strong_convexity=1.0, smoothness=lambda p, d: 1e4
+)
+
+
+def lowered_precisions(function, *arguments) -> set:
+    return set(re.findall(r"precision = \[(\w+), (\w+)\]", jax.jit(function).lower(*arguments).as_text()))
+
+
+def test_products_inside_operators():
+    params, data = parts()
+    full = {("HIGHEST", "HIGHEST")}
+    oracle = jb.implicit.Oracle(OPERATOR, loss, solver=jb.solvers.AGD())
+    assert lowered_precisions(lambda p, b: oracle(p, b, tol=1e-3), params, batched(data)) == full
+    assert lowered_precisions(lambda p, d: jb.solve(OPERATOR, p, d, tol=1e-3), params, data) == full
+    gradient = jax.grad(through(jb.implicit.argmin(OPERATOR, solver=jb.solvers.AGD())))
+    assert lowered_precisions(gradient, params, data) == full
+    assert lowered_precisions(jax.vmap(gradient, (None, 0)), params, batched(data)) == full
+    # the caller's elsewhere, however often the operator was traced before
+    for precision, expected in ((None, "DEFAULT"), ("highest", "HIGHEST"), (None, "DEFAULT")):
+        with jax.default_matmul_precision(precision):
+            for function in (MIXED, jax.jit(jax.vmap(lambda x: MIXED.T(MIXED(x))))):
+                assert lowered_precisions(function, batched(data["y"])) == {(expected, expected)}
 
 
 # networks may have less

@@ -1,5 +1,4 @@
-"""Which programs of the library leave the GPU to itself: no call back to the host, no library call, few conditionals.
-
+"""Which programs of the library leave a GPU to itself: no call back to the host, no library call, few conditionals.
 Each is lowered for CUDA by `jax.export`, without a GPU, on tiny shapes in float32. A callback, and a conditional in a
 loop, cost a round trip to the host each time; a custom call is code that XLA neither sees nor fuses.
 """
@@ -147,14 +146,14 @@ def conditionals(counts: dict) -> str:
 
 
 def render(rows: Sequence[dict]) -> str:
-    header = ["program", "kind", "custom calls", "callbacks", "conditionals on CUDA", "on a CPU", "loops", "kB"]
+    header = ["kind", "program", "custom calls", "callbacks", "conditionals on CUDA", "on a CPU", "loops", "kB"]
     lines = []
     for row in rows:
         figures, cpu = row["figures"], row["figures"]["cpu"]
         cuda = figures["cuda"]
         shown = [listed(cuda["custom_calls"]), figures["callbacks"], conditionals(cuda)] if cuda else None
         lines.append([
-            row["case"]["name"], row["case"]["kind"], *(shown or ["–", figures["callbacks"], "–"]),
+            row["case"]["kind"], row["case"]["name"], *(shown or ["–", figures["callbacks"], "–"]),
             sum(cpu["conditionals"].values()), (cuda or cpu)["loops"],
             common.whole(1e-3 * figures["bytes"]) if cuda else "–",
         ])  # fmt: skip

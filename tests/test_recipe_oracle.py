@@ -134,5 +134,7 @@ def test_an_oracle_of_another_kind_of_problem_is_refused_when_it_is_made():
     saddle = jb.variational(None, jb.regularizers.TV())
     with pytest.raises(TypeError, match="jb.implicit.Oracle needs a smooth problem, got VariationalSaddle"):
         jb.implicit.Oracle(saddle, loss)
-    with pytest.raises(TypeError, match="`linear_solver` must be one such as jb.solvers.CG.., got str"):
+    with pytest.raises(
+        TypeError, match="`linear_solver` must be one such as jb.solvers.CG.. or jb.solvers.MINRES.., got str"
+    ):
         jb.implicit.Oracle(REGRESSION, loss, linear_solver="cg")

@@ -22,7 +22,7 @@ class Ridge(jb.Problem):
         def energy(x):
             return 0.5 * jnp.sum((x - data["y"]) ** 2) + 0.5 * jnp.exp(params) * jnp.sum(x**2)
 
-        constants = jb.Constants(strong_convexity=1 + jnp.exp(params), smoothness=1 + jnp.exp(params))
+        constants = jb.Constants(strong_convexity=1 + jnp.exp(params), smoothness=2 * (1 + jnp.exp(params)))
         return jb.SmoothView(energy, jax.lax.stop_gradient(constants))
 
     def start(self, params, data):

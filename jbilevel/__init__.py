@@ -29,6 +29,8 @@ from jbilevel._core.results import StepInfo as StepInfo
 from jbilevel._core.results import Value as Value
 from jbilevel._core.results import Warm as Warm
 from jbilevel._core.results import check as check
+from jbilevel._method.base import Method as Method
+from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import Oracle as Oracle
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView

@@ -7,7 +7,7 @@ d loss(x_hat) = d_params loss - J' q with H q = grad_x loss (papers 0 and 2).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,9 @@ class Oracle(base.Oracle):
     @property
     def corrects(self) -> bool:
         return self.correct or self.estimate
+
+    def without_estimate(self) -> Oracle:
+        return replace(self, estimate=False) if self.estimate and not self.correct else self
 
     def missing(self, certified: bool) -> str | None:
         if not certified:

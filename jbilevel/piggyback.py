@@ -211,6 +211,9 @@ class Oracle(base.Oracle):
     def corrects(self) -> bool:
         return self.correct or self.estimate
 
+    def without_estimate(self) -> Oracle:
+        return replace(self, estimate=False) if self.estimate and not self.correct else self
+
     def missing(self, certified: bool) -> str | None:
         if not certified:
             return None

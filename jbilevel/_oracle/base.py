@@ -120,6 +120,10 @@ class Oracle(Contract, abstract=True):
         """The error reported where none is estimated."""
         return jnp.asarray(jnp.inf, dtype)
 
+    def without_estimate(self) -> Oracle:
+        """The same oracle without the work for an ``error`` that nobody reads, which is then infinite."""
+        return self
+
     def check(self, params) -> None:
         """Refuse params that the problem refuses, while their values are concrete."""
 

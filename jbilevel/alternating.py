@@ -89,6 +89,8 @@ class Alternating(Method):
                 raise TypeError(f"`{name}` of Alternating must be a method such as jb.MAID(oracle), got {method!r}.")
         if self.task_steps < 1:
             raise ValueError(f"`task_steps` must be at least 1, got {self.task_steps}.")
+        if self.log_error:  # the error that is reported is that of the reconstruction's step
+            object.__setattr__(self, "reconstruction", replace(self.reconstruction, log_error=True))
 
     @property
     def compares_values(self) -> bool:

@@ -30,6 +30,8 @@ from jbilevel._core.results import Value as Value
 from jbilevel._core.results import Warm as Warm
 from jbilevel._core.results import Work as Work
 from jbilevel._core.results import check as check
+from jbilevel._method.base import Method as Method
+from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import ForwardOracle as ForwardOracle
 from jbilevel._oracle.base import Oracle as Oracle
 from jbilevel._oracle.base import PullBackOracle as PullBackOracle

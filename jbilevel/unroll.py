@@ -14,7 +14,8 @@ from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import ForwardOracle, Sample, require_view
+from jbilevel._oracle.base import Sample, require_view
+from jbilevel._oracle.kinds import ForwardOracle
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
 from jbilevel._views.smooth import SmoothView

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle import base
 from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, value_errors
+from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.systems import Adjoint, Lower, System
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdjointOracle(base.PullBackOracle, abstract=True):
+class AdjointOracle(PullBackOracle, abstract=True):
     """Oracle of a lower level that is solved, and differentiated by an adjoint system at the solution.
 
     A kind of lower level is a `Lower` with its `System`; everything else is here.

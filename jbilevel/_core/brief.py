@@ -46,7 +46,7 @@ def settings(thing: Any) -> str:
     """A dataclass as the call that makes it: what has no default, and what differs from its default."""
     parts = []
     for f in fields(thing):
-        value = getattr(thing, f.name)
+        value = vars(thing)[f.name]
         if f.repr and (f.default is MISSING or value is not f.default and value != f.default):
             parts.append(brief(value) if f.default is MISSING and not f.kw_only else f"{f.name}={brief(value)}")
     return call(type(thing).__name__, parts)

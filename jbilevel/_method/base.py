@@ -54,7 +54,7 @@ class MethodState:
         raise FrozenInstanceError(f"cannot delete `{name}` of a state")
 
     def __repr__(self) -> str:
-        return brief.call(type(self).__name__, (f"{f.name}={brief.brief(getattr(self, f.name))}" for f in fields(self)))
+        return brief.call(type(self).__name__, (f"{f.name}={brief.brief(vars(self)[f.name])}" for f in fields(self)))
 
 
 def _register(cls) -> None:

@@ -97,7 +97,7 @@ class Checkpoint:
 def describe(thing, name: str) -> dict[str, str]:
     """Class and settings of a method in words that are the same in every process."""
     if is_dataclass(thing) and not isinstance(thing, type):
-        parts = [describe(getattr(thing, f.name), f"{name}.{f.name}") for f in fields(thing) if f.compare]
+        parts = [describe(vars(thing)[f.name], f"{name}.{f.name}") for f in fields(thing) if f.compare]
         return {name: type(thing).__name__} | {key: text for part in parts for key, text in part.items()}
     return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))}
 

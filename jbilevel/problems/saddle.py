@@ -69,11 +69,11 @@ class SaddleProblem(Problem):
 
     def __post_init__(self):
         for name in ("linear", "prox_primal", "prox_dual", "init", "transpose", "scaling"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if not callable(value) and not (value is None and name in ("transpose", "scaling")):
                 raise TypeError(f"SaddleProblem `{name}` must be a function, got {type(value).__name__}.")
         for name in ("mu_primal", "mu_dual", "norm"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if callable(value) or (value is None and name == "norm"):
                 continue
             if not isinstance(value, numbers.Real):

@@ -66,10 +66,10 @@ class SmoothProblem(Problem):
 
     def __post_init__(self):
         for name in ("energy", "init"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"SmoothProblem `{name}` must be a function, got {type(getattr(self, name)).__name__}.")
+            if not callable(vars(self)[name]):
+                raise TypeError(f"SmoothProblem `{name}` must be a function, got {type(vars(self)[name]).__name__}.")
         for name in Constants._fields:
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is None or callable(value):
                 continue
             if not isinstance(value, numbers.Real):
@@ -83,7 +83,7 @@ class SmoothProblem(Problem):
         def evaluate(constant):
             return constant(params, data) if callable(constant) else constant
 
-        return Constants(*(evaluate(getattr(self, name)) for name in Constants._fields))
+        return Constants(*(evaluate(vars(self)[name]) for name in Constants._fields))
 
     def view(self, params, data) -> SmoothView:
         constants = jax.lax.stop_gradient(self.constants(params, data))

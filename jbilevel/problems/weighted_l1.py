@@ -63,11 +63,11 @@ class WeightedL1Problem(Problem):
 
     def __post_init__(self):
         for name in ("smooth", "init", "weights"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if not callable(value):
                 raise TypeError(f"WeightedL1Problem `{name}` must be a function, got {type(value).__name__}.")
         for name in ("strong_convexity", "smoothness"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if value is None or callable(value):
                 continue
             if not isinstance(value, numbers.Real):

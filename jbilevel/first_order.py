@@ -83,8 +83,8 @@ class FirstOrder(Method):
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         updates, optimizer = self.optimizer.update(hg.grad, state.optimizer, state.params)
         params = steps.project(self.projection, optax.apply_updates(state.params, updates))
-        average = state.average
-        if average is not None:
-            average = Average(*optax.ema(self.average).update(params, average.memory))
+        average, decay = state.average, self.average
+        if average is not None and decay is not None:
+            average = Average(*optax.ema(decay).update(params, average.memory))
         following = replace(state, params=params, warm=hg.warm, optimizer=optimizer, average=average)
         return following, self.report(hg, state, step=optax.tree.norm(updates))

@@ -7,7 +7,7 @@ problem for the measurement y_i alone; s_i are labels (Adler et al. 2022; Kadaga
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -270,10 +270,16 @@ def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=1e-3):
 
 def rates(**optimizers) -> optax.GradientTransformation:
     """One optax optimiser for each part of params: ``rates(regularizer=optax.adam(0.1), task=optax.adam(1e-3))``."""
-    return optax.multi_transform(optimizers, {name: name for name in optimizers})
+    transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
+    return optax.multi_transform(transforms, {name: name for name in optimizers})
 
 
-DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))  # where batches change
+DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
+
+
+def _default_method(changing: bool) -> Callable:
+    """``oracle -> method``: one that compares values only where they can be compared."""
+    return partial(FirstOrder, optimizer=DEFAULT_RATES) if changing else MAID
 
 
 def task_adapted(
@@ -350,9 +356,7 @@ def task_adapted(
     pipeline.inspect(params, first)
     joint = pipeline.oracle(first, **(oracle or {}))
     feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
-    if method is None:
-        method = partial(FirstOrder, optimizer=DEFAULT_RATES) if is_changing(batches) else MAID
-    chosen = method(joint, **feasible)
+    chosen = (method or _default_method(is_changing(batches)))(joint, **feasible)
     if alternate is not None:
         parts = {"x": 0, "labels": 0, FROZEN: None}
         network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)

@@ -139,8 +139,8 @@ def fit(
             work, store = run.work + float(taken.info.work), warm_store.remember(run.store, index, taken.state.warm)
             history.record(run.steps, taken, work)
             run = Run(taken.state, steps=run.steps + 1, work=work, done=bool(taken.info.done), store=store)
-            file.save_if_due(run, history)
             shown.show(run, history)
+            file.save_if_due(run, history)
             if callback is not None and callback(run.steps - 1, run.state, taken.info):
                 ended = FitStatus.STOPPED, f"The callback asked to stop after {run.steps} steps."
                 break

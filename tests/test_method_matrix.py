@@ -222,6 +222,17 @@ def test_batches_may_change(name, tmp_path):
     assert np.all(whole.history["status"] <= jb.Status.PRECISION)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_batches_may_change_their_size(name):
+    def sized(step):
+        index = np.arange(2 + step % 2)
+        return {key: value[index] for key, value in BATCH.items()} | {"index": index}
+
+    result = jb.fit(METHODS[name](INEXACT), PARAMS, sized, steps=4)
+    assert result.status is jb.FitStatus.FINISHED and result.history["value"][-1] < result.history["value"][1]
+
+
 @pytest.mark.parametrize("name", COMPARING)
 def test_changing_batches_are_refused_where_values_are_compared(name):
     for batches in (mini, iter([BATCH])):

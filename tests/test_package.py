@@ -162,12 +162,19 @@ def test_only_public_names_of_jax(path):
     assert not used, used
 
 
-# Foreign objects and files may be asked what they are: arrays of other libraries, modules of flax, packages that are not
-# ours, and what a reader finds. Of our own objects every ability is a method of a base class.
+# Foreign objects and files may be asked what they are: arrays of other libraries, modules of flax, packages that are
+# not ours, and what a reader finds. Of our own objects every ability is a method of a base class.
 FOREIGN = {
-    "_core/brief.py", "_core/io.py", "_core/validate.py", "_training/batches.py", "nets/__init__.py", "nets/adapters.py",
-    "operators/tomosipo.py", "problems/variational.py", "task.py",
-}  # fmt: skip
+    "_core/brief.py",
+    "_core/io.py",
+    "_core/validate.py",
+    "_training/batches.py",
+    "nets/__init__.py",
+    "nets/adapters.py",
+    "operators/tomosipo.py",
+    "problems/variational.py",
+    "task.py",
+}
 
 
 @every_file

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 LONGEST = 40  # characters of one value

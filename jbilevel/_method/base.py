@@ -16,7 +16,30 @@ from jbilevel._oracle.base import Oracle
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class MethodState:
+class _State:
+    """Makes every subclass a frozen dataclass, filled by keyword, and a pytree whose children are its fields."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
+        # frozen by this class: a decorator dataclass(frozen=True) of the author's own must find nothing in its way
+        for name in ("__setattr__", "__delattr__"):
+            delattr(cls, name)
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+    def __setattr__(self, name, value):
+        raise FrozenInstanceError(f"cannot assign to `{name}` of a state; use dataclasses.replace")
+
+    def __delattr__(self, name):
+        raise FrozenInstanceError(f"cannot delete `{name}` of a state")
+
+    def __repr__(self) -> str:
+        parts = (f"{f.name}={brief.brief(vars(self)[f.name])}" for f in fields(type(self)))  # type: ignore[arg-type]
+        return brief.call(type(self).__name__, parts)
+
+
+class MethodState(_State):
     """Where a method stands. A subclass adds fields; it becomes a frozen dataclass and a pytree without being told to.
 
     States are made by keyword and changed with `dataclasses.replace`. A field holds a pytree of arrays, or None.
@@ -42,35 +65,6 @@ class MethodState:
     warm: Any
     tol: Any
     adjoint_tol: Any
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        _register(cls)
-
-    def __setattr__(self, name, value):
-        raise FrozenInstanceError(f"cannot assign to `{name}` of a state; use dataclasses.replace")
-
-    def __delattr__(self, name):
-        raise FrozenInstanceError(f"cannot delete `{name}` of a state")
-
-    def __repr__(self) -> str:
-        return brief.call(type(self).__name__, (f"{f.name}={brief.brief(vars(self)[f.name])}" for f in fields(self)))
-
-
-def _register(cls) -> None:
-    own = {name: vars(cls)[name] for name in ("__setattr__", "__delattr__") if name in vars(cls)}
-    for name in own:  # of the base class, which dataclass would not overwrite
-        delattr(cls, name)
-    dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
-    # frozen by the base class: a decorator dataclass(frozen=True) of the user's own must find nothing in its way
-    for name in ("__setattr__", "__delattr__"):
-        delattr(cls, name)
-    for name, function in own.items():
-        setattr(cls, name, function)
-    jax.tree_util.register_dataclass(cls, data_fields=[f.name for f in fields(cls)], meta_fields=[])
-
-
-_register(MethodState)
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,7 +36,7 @@ STRIPES = 0.15  # amplitude of what counts for the eye alone
 COLOURS = ("#0072b2", "#e69f00")
 LOSS = jb.losses.Segmentation(iou=0.0, log_cosh_dice=0.0)
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
-CRR = jb.regularizers.CRR(channels=(4, 8), sizes=(3, 3))
+CRR = jb.regularizers.CRR(widths=(4, 8), sizes=(3, 3))
 
 
 def drawn(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray]:

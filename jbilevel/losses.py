@@ -284,7 +284,7 @@ class Segmentation:
     present_only: bool = False
 
     def __post_init__(self):
-        weights = {name: getattr(self, name) for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}
+        weights = {name: vars(self)[name] for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}
         if not all(weight >= 0 for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"the weights must not be negative, and one must be positive, got {weights}.")
 

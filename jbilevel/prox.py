@@ -259,12 +259,14 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
         ahead, behind = (apply(trees.add_scaled(point, sign * h, direction)) for sign in (1, -1))
         difference = trees.scale(0.5 / h, trees.sub(ahead, behind))
         size = jnp.sqrt(weighted(direction, direction) * weighted(other, other))
-        return jnp.stack([
-            (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
-            jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
-            jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
-            trees.norm(trees.sub(difference, change)) / trees.norm(direction),
-        ])  # fmt: skip
+        return jnp.stack(
+            [
+                (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
+                jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
+                jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
+                trees.norm(trees.sub(difference, change)) / trees.norm(direction),
+            ]
+        )
 
     rng = np.random.default_rng(seed)
     noise = lambda size: jax.tree.map(  # noqa: E731

@@ -188,7 +188,7 @@ def check_solution(problem, y):
     [
         jb.operators.Blur((6, 5), rng.random((3, 2)), "symmetric"),
         jb.operators.Mask(rng.random((6, 5)) < 0.5),
-        jb.operators.UndersampledFourier((6, 5), rng.random((6, 5)) < 0.5, rng.standard_normal((2, 6, 5))),
+        jb.operators.UndersampledFourier((6, 5), rng.random((6, 5)) < 0.5, coils=rng.standard_normal((2, 6, 5))),
         jb.operators.stack([jb.operators.DownSample((6, 5), 1), jb.operators.Gradient((6, 5))]),
     ],
     ids=lambda A: type(A).__name__,

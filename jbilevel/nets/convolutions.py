@@ -84,9 +84,16 @@ def convolution(inputs, outputs, side, *, dims, weights="xavier", zero=False, dt
     if zero:
         kernel_init = bias_init = nnx.initializers.zeros_init()
     return nnx.Conv(
-        inputs, outputs, (side,) * dims, padding="SAME", kernel_init=kernel_init, bias_init=bias_init,
-        dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        (side,) * dims,
+        padding="SAME",
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 def _uniform(bound: float) -> Callable:

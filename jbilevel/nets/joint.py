@@ -70,6 +70,4 @@ class JointLoss:
         """The two parts; with C = 1 no gradient of the second reaches R."""
         x = self.reconstruct(params["reconstruction"], data["y"])
         seen = jax.lax.stop_gradient(x) if self.weight == 1 else x
-        return Terms(
-            jnp.mean((x - data["x"]) ** 2), self.task_loss(self.task(params["task"], seen), data["labels"])
-        )  # fmt: skip
+        return Terms(jnp.mean((x - data["x"]) ** 2), self.task_loss(self.task(params["task"], seen), data["labels"]))

@@ -13,21 +13,32 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jbilevel.nets.convolutions import ConvNet, nnx
 from jbilevel.nets.sketches import coarsened, resized
+from jbilevel.operators.base import LinearOperator
 
 # What was published, as far as it differs from the defaults of `LPD`.
 NAMED = {
     # Adler & Öktem 2018: reads the second memory channel, writes the first.
     "adler-oktem": {"layers": 10, "memory": (5, 5), "read": (1, 0), "weights": "xavier"},
     "thesis": {
-        "layers": 12, "kernel": 5, "step": 0.01, "normalise": False, "initial": "fbp", "weights": "torch",
+        "layers": 12,
+        "kernel": 5,
+        "step": 0.01,
+        "normalise": False,
+        "initial": "fbp",
+        "weights": "torch",
     },
     "thesis-mnist": {"layers": 5, "step": 0.01, "normalise": False, "initial": "fbp", "weights": "torch"},
     # The pseudo-inverse (here filtered backprojection) in place of the transpose.
     "pdnet": {
-        "layers": 2, "memory": (5, 5), "read": (1, 0), "write": 1, "initial": "fbp", "back": "fbp",
+        "layers": 2,
+        "memory": (5, 5),
+        "read": (1, 0),
+        "write": 1,
+        "initial": "fbp",
+        "back": "fbp",
         "weights": "torch",
     },
-}  # fmt: skip
+}
 PRODUCTS = "products of the operator"  # their name for jax.checkpoint
 CHOICES = {
     "initial": ("zeros", "fbp"),
@@ -271,8 +282,8 @@ def _stacked(layers: list[Layer]) -> Layer:
 def _check(net: LPD, layers: int) -> None:
     A, m = net.operator, net.subsets
     for name, allowed in CHOICES.items():
-        if getattr(net, name) not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(net, name)!r}.")
+        if vars(net)[name] not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {vars(net)[name]!r}.")
     if layers < 1 or min(net.memory) < 1:
         raise ValueError(f"`layers` and `memory` must be at least 1, got {layers} and {net.memory}.")
     channels = (*zip(net.read, net.memory, strict=True), (net.write, net.memory[0]))
@@ -280,11 +291,11 @@ def _check(net: LPD, layers: int) -> None:
         raise ValueError(f"`read` {net.read} and `write` {net.write} must be channels of `memory` {net.memory}.")
     if (A.in_kind, A.out_kind) != ("real", "real"):
         raise ValueError("`operator` must be real: split complex data into real and imaginary part.")
-    if "fbp" in (net.initial, net.back) and not hasattr(A, "fbp"):
+    if "fbp" in (net.initial, net.back) and type(A).fbp is LinearOperator.fbp:
         raise ValueError(f"'fbp' needs an operator with `fbp`, {type(A).__name__} has none: give x0 to the call.")
     if not 1 <= m <= layers:
         raise ValueError(f"`subsets` must lie between 1 and `layers` = {layers}, got {m}: else some data go unseen.")
-    if m > 1 and (not hasattr(A, "subset") or net.back == "fbp"):
+    if m > 1 and (type(A).subset is LinearOperator.subset or net.back == "fbp"):
         raise ValueError("`subsets` needs an operator with `subset(i, m)`, such as ParallelBeam, and back='transpose'.")
     if len(net.sketch) != layers or list(net.sketch) != sorted(net.sketch, reverse=True) or min(net.sketch) < 1:
         raise ValueError(f"`sketch` must give {layers} factors of at least 1, coarse to fine, got {net.sketch}.")

@@ -94,8 +94,8 @@ class ResNet(nnx.Module):
         v = jax.nn.relu(self.bn1(self.conv1(v)))
         if self.stem == "imagenet":
             v = nnx.max_pool(v, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for n in range(1, 5):
-            for block in getattr(self, f"layer{n}"):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
                 v = block(v)
         return self.fc(jnp.mean(v, (1, 2)))
 
@@ -157,9 +157,15 @@ class Bottleneck(nnx.Module):
 def _convolution(before: int, after: int, side: int, stride: int, **settings) -> nnx.Conv:
     half = side // 2
     return nnx.Conv(
-        before, after, (side, side), strides=stride, padding=((half, half), (half, half)), use_bias=False,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"), **settings,
-    )  # fmt: skip
+        before,
+        after,
+        (side, side),
+        strides=stride,
+        padding=((half, half), (half, half)),
+        use_bias=False,
+        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        **settings,
+    )
 
 
 def _norm(channels: int, **settings) -> nnx.BatchNorm:
@@ -173,9 +179,7 @@ def _norm(channels: int, **settings) -> nnx.BatchNorm:
 def _shortcut(before: int, after: int, stride: int, **settings) -> nnx.List:
     """The convolution and normalisation beside a block, none where the identity fits."""
     same = before == after and stride == 1
-    return nnx.List(
-        [] if same else [_convolution(before, after, 1, stride, **settings), _norm(after, **settings)]
-    )  # fmt: skip
+    return nnx.List([] if same else [_convolution(before, after, 1, stride, **settings), _norm(after, **settings)])
 
 
 def _through(shortcut: nnx.List, v):

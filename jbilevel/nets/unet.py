@@ -66,9 +66,7 @@ class UNet(nnx.Module):
         settings = {"dims": dims, "weights": weights, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def pair(before, after):
-            return ConvNet(
-                before, after, width=after, depth=2, kernel=kernel, activation=jax.nn.relu, **settings
-            )  # fmt: skip
+            return ConvNet(before, after, width=after, depth=2, kernel=kernel, activation=jax.nn.relu, **settings)
 
         self.downs = nnx.List([pair(a, b) for a, b in zip((inputs, *widths[:-1]), widths, strict=True)])
         finer = [widths[0], *widths[:-2]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from jbilevel.operators import joseph
 from jbilevel.operators.fbp import Reconstruction, covers, spacings
 from jbilevel.operators.joseph import Joseph
-from jbilevel.operators.xray import XRay, check_plane
+from jbilevel.operators.xray import PlaneXRay, check_plane
 
 
 class _FanView(NamedTuple):
@@ -73,8 +73,8 @@ class FanInterpolation:
         return joseph.hat(ahead) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
 
 
-@dataclass(frozen=True)
-class FanBeam(XRay):
+@dataclass(frozen=True, repr=False)
+class FanBeam(PlaneXRay):
     """The X-ray transform of an image for rays from a point source to a flat detector, by Joseph's method.
 
     Image, units and angles are those of `ParallelBeam`, which this tends to as the source moves away. At angle t the
@@ -101,6 +101,7 @@ class FanBeam(XRay):
     in_shape: tuple[int, int]
     angles: tuple[float, ...]
     n_detectors: int
+    _: KW_ONLY
     source_origin: float
     origin_detector: float = 0.0
     pixel_size: float = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class UndersampledFourier(LinearOperator):
 
     in_shape: tuple[int, int]
     mask: FrozenArray
+    _: KW_ONLY
     coils: FrozenArray | None = None
     in_kind: str = "real"
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of paper 0 share: a network on clean images, and the rows of its table at one noise level.
+"""What the benchmarks of task-adapted denoising share: a network on clean images, and a table's rows at a noise level.
 
 Rows: T* on clean images, on noisy ones, behind the total variation with the best PSNR on the training images, behind
 total variation learned for the task by HOAG, the same with the last layers of T* learning too, behind ridge filters
@@ -28,7 +28,7 @@ from jbilevel.task import Pipeline, reconstruct
 
 sys.path.insert(0, str(common.ROOT / "examples"))
 import pictures
-import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for paper0_segmentation
+import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for kadagala_report_segmentation
 
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
 RIDGE = jb.regularizers.CRR(widths=(8,), sizes=(5,))

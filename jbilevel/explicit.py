@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
-from jbilevel._core.validate import trace_scalar
-from jbilevel._oracle import base
-from jbilevel._oracle.base import Sample
+from jbilevel._core.validate import require_function, trace_scalar
+from jbilevel._oracle.base import ForwardOracle, Sample
 
 
 @dataclass(frozen=True)
-class Oracle(base.Oracle):
+class Oracle(ForwardOracle):
     """Mean of ``loss(params, data)`` over the batch and its gradient, exact up to rounding.
 
     The tolerances are accepted and ignored, so that every method and `fit` work on it unchanged.
@@ -35,30 +33,25 @@ class Oracle(base.Oracle):
     """
 
     loss: Callable
-    in_axes: Any = 0
-    on_failure: str = "nan"
+    _: KW_ONLY
     chunk: int | str | None = None
     matmul_precision: str | None = "highest"
 
-    correct = False
-    direct = True
     exact = True
 
     def __post_init__(self):
         super().__post_init__()
+        require_function(self.loss, "loss")
         with jax.default_matmul_precision(self.matmul_precision):  # raises for a name that JAX does not know
             pass
 
     def unknown_error(self, dtype):
         return jnp.zeros((), dtype)
 
-    def _start(self, params, data) -> Warm:
+    def start(self, params, data) -> Warm:
         return Warm(None, None)
 
-    def _value(self, params, data, warm, tol) -> Sample:
-        return self._forward(params, data, warm, tol)[1]
-
-    def _forward(self, params, data, warm, tol):
+    def forward(self, params, data, warm, tol):
         trace_scalar(self.loss, "loss", params, data)
         value = self.loss(params, data)
         seen = jax.lax.stop_gradient(value)
@@ -67,4 +60,14 @@ class Oracle(base.Oracle):
         steps = jnp.zeros((), jnp.int32)
         lower = SolveInfo(status, steps, exact, exact, Work.zero().plus(gradients=1))
         adjoint = SolveInfo(jnp.zeros_like(status), steps, exact, exact, Work.zero())
-        return value, Sample(seen, exact, exact, exact, exact, exact, warm, lower, adjoint)
+        return value, Sample(
+            value=seen,
+            shift=exact,
+            estimate=exact,
+            bound=exact,
+            gradient_bound=exact,
+            residual_ratio=exact,
+            warm=warm,
+            lower=lower,
+            adjoint=adjoint,
+        )

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import implicit
 from jbilevel._core import trees
+from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
-from jbilevel._core.validate import trace_scalar
-from jbilevel._oracle import base
-from jbilevel._oracle.base import Sample
-from jbilevel.solvers import AGD
+from jbilevel._core.validate import require_function, trace_scalar
+from jbilevel._oracle.base import ForwardOracle, Sample, require_view
+from jbilevel._oracle.pipeline import AdjointOracle
+from jbilevel._oracle.smooth_system import SmoothLower
+from jbilevel._views.smooth import SmoothView
+from jbilevel.solvers.agd import AGD
+from jbilevel.solvers.base import Solver
+from jbilevel.solvers.linear import LinearSolver
 
 if TYPE_CHECKING:
     from jbilevel.problems.base import Problem
 
+__all__ = ["OneStep", "Oracle"]
+
 
 @dataclass(frozen=True)
-class Oracle(base.Oracle):
+class Oracle(ForwardOracle):
     """Gradient of loss(params, x_K) where x_K is ``steps`` steps of a solver, by reverse mode through the steps.
 
     It is the exact gradient of what K steps compute, not of the minimiser: with too few steps the two differ, and
@@ -41,19 +47,17 @@ class Oracle(base.Oracle):
 
     problem: Problem
     loss: Callable
+    _: KW_ONLY
     steps: int = 100
     truncate: int | None = None
     checkpoint: bool = False
-    solver: Any = AGD()
-    in_axes: Any = 0
-    on_failure: str = "nan"
-    chunk: int | str | None = "auto"
-
-    correct = False
-    direct = True
+    solver: Solver = AGD()
 
     def __post_init__(self):
         super().__post_init__()
+        require_function(self.loss, "loss")
+        if not isinstance(self.problem, Contract):
+            raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(self.problem).__name__}.")
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         if self.truncate is not None and not 1 <= self.truncate <= self.steps:
@@ -64,13 +68,10 @@ class Oracle(base.Oracle):
             return "another oracle (an unrolled solver has no proven bounds)"
         return self.problem.lacks()
 
-    def _start(self, params, data) -> Warm:
+    def start(self, params, data) -> Warm:
         return Warm(self.problem.start(params, data), None)
 
-    def _value(self, params, data, warm: Warm, tol) -> Sample:
-        return self._forward(params, data, warm, tol)[1]
-
-    def _forward(self, params, data, warm: Warm, tol):
+    def forward(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
         trace_scalar(self.loss, "loss", params, warm.x, data)
         state, view = self._iterate(params, data, jax.lax.stop_gradient(warm.x))
@@ -88,9 +89,16 @@ class Oracle(base.Oracle):
         slope = jax.grad(self.loss, 1)(params, state.x, data)
         estimate = jax.lax.stop_gradient(trees.norm(slope) * error)
         return value, Sample(
-            seen, jnp.zeros_like(seen), estimate, unknown, unknown, jnp.zeros_like(seen), Warm(state.x, None),
-            lower, adjoint,
-        )  # fmt: skip
+            value=seen,
+            shift=jnp.zeros_like(seen),
+            estimate=estimate,
+            bound=unknown,
+            gradient_bound=unknown,
+            residual_ratio=jnp.zeros_like(seen),
+            warm=Warm(state.x, None),
+            lower=lower,
+            adjoint=adjoint,
+        )
 
     def _iterate(self, params, data, x0):
         """Solver state after all steps; only the last ``truncate`` of them carry derivatives."""
@@ -115,7 +123,33 @@ class Oracle(base.Oracle):
 
 
 @dataclass(frozen=True)
-class OneStep(implicit.Oracle):
+class _GradientStep(LinearSolver):
+    """q = step * b in place of a solve."""
+
+    step: float | None
+
+    def solve(self, product, b, q, *, tol, max_steps):
+        q = trees.scale(self.step, b)
+        residual = trees.norm(trees.sub(product(q), b))
+        status = jnp.where(residual <= tol, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(jnp.isfinite(residual), status, Status.NONFINITE).astype(jnp.int32)
+        work = Work.zero().plus(products=1)
+        return q, SolveInfo(status, jnp.ones((), jnp.int32), residual, jnp.full_like(residual, jnp.inf), work)
+
+
+@dataclass(frozen=True)
+class _OneStepLower(SmoothLower):
+    """The step is 1/L where none is given."""
+
+    def solve(self, view, x0, tol):
+        system, info = super().solve(view, x0, tol)
+        if self.linear_solver.step is None:
+            system = replace(system, linear_solver=_GradientStep(1.0 / view.constants.smoothness))
+        return system, info
+
+
+@dataclass(frozen=True)
+class OneStep(AdjointOracle):
     """One-step (Jacobian-free) hypergradient: the solution differentiated through a single gradient step at it.
 
     q = step * grad_x loss in place of H^{-1} grad_x loss (Fung et al. 2022; Bolte, Pauwels & Vaiter 2023): no linear
@@ -129,14 +163,14 @@ class OneStep(implicit.Oracle):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.step is None and self.problem.smoothness is None:
-            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
+        require_view(self.problem, SmoothView, "jb.unroll.OneStep", "smooth problem", "see jb.piggyback")
 
-    def _adjoint(self, view, x, product, slope, q, adjoint_tol):
-        step = 1.0 / view.constants.smoothness if self.step is None else self.step
-        q = trees.scale(step, slope)
-        residual = trees.norm(trees.sub(product(q), slope))
-        status = jnp.where(residual <= adjoint_tol, Status.CONVERGED, Status.MAX_STEPS)
-        status = jnp.where(jnp.isfinite(residual), status, Status.NONFINITE).astype(jnp.int32)
-        work = Work.zero().plus(products=1)
-        return q, SolveInfo(status, jnp.ones((), jnp.int32), residual, jnp.full_like(residual, jnp.inf), work)
+    @property
+    def lower(self) -> SmoothLower:
+        solver = self.problem.default_solver() if self.solver is None else self.solver
+        return _OneStepLower(self.problem, solver, self.max_steps, _GradientStep(self.step), 1)
+
+    def sample(self, params, data, warm, tol, adjoint_tol):
+        if self.step is None and self.problem.view(params, data).constants.smoothness is None:
+            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
+        return super().sample(params, data, warm, tol, adjoint_tol)

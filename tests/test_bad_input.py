@@ -388,7 +388,7 @@ def test_a_saddle_among_64_minima():
     hg = jb.implicit.Oracle(CURVED, image_loss, solver=STAY, estimate=False, on_failure="drop")(PARAMS, ONE_SADDLE)
     np.testing.assert_array_equal(hg.adjoint.status == Status.INDEFINITE, ~GOOD)
     np.testing.assert_array_equal(np.isnan(hg.values), ~GOOD)
-    with pytest.raises(jb.ConvergenceError, match=rf"adjoint solve of sample {BAD} .*INDEFINITE.*'minres'"):
+    with pytest.raises(jb.ConvergenceError, match=rf"adjoint solve of sample {BAD} .*INDEFINITE.*MINRES"):
         jb.check(hg)
     others = jax.tree.map(lambda leaf: leaf[GOOD], ONE_SADDLE)
     mean = lambda p: jnp.mean(jax.vmap(curved_exact, (None, 0))(p, others))  # noqa: E731
@@ -398,7 +398,7 @@ def test_a_saddle_among_64_minima():
 
 def test_argmin_at_a_saddle():
     minimiser, data = jb.implicit.argmin(CURVED, solver=STAY), jax.tree.map(lambda leaf: leaf[BAD], ONE_SADDLE)
-    with pytest.raises(jb.ConvergenceError, match="adjoint solve ended INDEFINITE.*adjoint_solver='minres'"):
+    with pytest.raises(jb.ConvergenceError, match="adjoint solve ended INDEFINITE.*MINRES"):
         jax.grad(lambda p: image_loss(p, minimiser(p, data), data))(PARAMS)
 
 

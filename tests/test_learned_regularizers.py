@@ -385,7 +385,9 @@ def weakly_convex():
 def test_weakly_convex_lower_level():
     """Nonmonotone solver and MINRES adjoint; no bound is claimed where convexity is lost."""
     problem, params, batch = weakly_convex()
-    oracle = jb.implicit.Oracle(problem, image_loss, solver=jb.solvers.NonmonotoneAPG(), adjoint_solver="minres")
+    oracle = jb.implicit.Oracle(
+        problem, image_loss, solver=jb.solvers.NonmonotoneAPG(), linear_solver=jb.solvers.MINRES()
+    )
     exact = oracle(params, batch, tol=1e-10)
     jb.check(exact)
     assert np.all(np.isfinite(exact.lower.error))

@@ -312,7 +312,7 @@ def test_bad_input_is_named():
     assert list(hg.lower.status == jb.Status.NONFINITE) == [False, True, False] and np.isnan(hg.value)
     small = jb.piggyback.Oracle(replace(HUBER.problem, norm=0.5), image_loss, estimate=False)(params, batch, tol=1e-3)
     assert small.status == jb.Status.NORM_BOUND and np.isnan(small.value)
-    with pytest.raises(TypeError, match="piggyback needs a jb.SaddleProblem"):
+    with pytest.raises(TypeError, match="piggyback.Oracle needs a jb.SaddleProblem"):
         jb.piggyback.Oracle(jb.SmoothProblem(huber_energy, lambda p, data: data["y"]), image_loss)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         jb.piggyback.Oracle(HUBER.problem, image_loss, mode="alternating")

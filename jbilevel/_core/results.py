@@ -42,7 +42,7 @@ _MESSAGES = {
     Status.MAX_STEPS: "The step limit was reached before the tolerance; raise `max_steps`, loosen `tol` or warm-start.",
     Status.INDEFINITE: (
         "The Hessian is not positive definite here, so conjugate gradients do not apply; use "
-        "`adjoint_solver='minres'` or make the energy strongly convex."
+        "`linear_solver=jb.solvers.MINRES()` or make the energy strongly convex."
     ),
     Status.NONFINITE: (
         "NaN or infinity appeared; check the data and the parameters of this sample, and that no step or "

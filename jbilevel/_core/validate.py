@@ -75,6 +75,11 @@ def trace_scalar(function, name: str, *arguments) -> None:
     require_scalar(out, name)
 
 
+def require_function(thing, name: str) -> None:
+    if not callable(thing):
+        raise TypeError(f"`{name}` must be a function, got {type(thing).__name__}.")
+
+
 def require_hashable(thing) -> None:
     """Problems and oracles are static arguments of jit, which hashes them."""
     try:

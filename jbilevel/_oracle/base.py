@@ -1,16 +1,15 @@
 """What every hypergradient oracle shares: batching, mean, sample weights, warm starts, statuses, values.
 
 An oracle turns (params, batch, warm start, tolerances) into a value, and a hypergradient, with their errors. A kind of
-oracle (implicit, unrolled, ...) supplies three functions of one sample or one chunk of samples; this file does the rest
-once for all of them.
+oracle (implicit, unrolled, ...) supplies what is done for one sample; this file does the rest once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm
 from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
-from jbilevel._oracle import correction
+from jbilevel._oracle.bounds import remaining
 from jbilevel.solvers import require_tolerance
 
 FAILURES = ("nan", "drop")
@@ -34,13 +33,13 @@ class Sample(NamedTuple):
     estimate: Any  # of |value - shift - exact|
     bound: Any  # proven bound on the error of the value that the batch mean uses, inf where unknown
     gradient_bound: Any  # proven bound on this sample's hypergradient error, inf where unknown
-    left: Any  # share of the residuals that a Newton correction left
+    residual_ratio: Any  # share of the residuals that a Newton correction left
     warm: Warm
     lower: SolveInfo
     adjoint: SolveInfo
 
 
-class Points(NamedTuple):
+class PullBackPoints(NamedTuple):
     """Where the pull-back takes place: as computed, and half-way and all the way through a Newton correction."""
 
     plain: Any
@@ -68,27 +67,27 @@ class Axes:
         return jax.tree.unflatten(self.treedef, self.leaves)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Oracle(Contract, abstract=True):
-    """Base of all oracles. Subclasses are frozen dataclasses with the fields below, and supply, for ONE sample,
+    """Turns (params, batch, warm start, accuracies) into the value and the hypergradient of a batch, with their errors.
 
-    ``_start(params, data) -> Warm``: the cold start;
-    ``_value(params, data, warm, tol) -> Sample``;
-    ``_sample(params, data, warm, tol, adjoint_tol) -> (Sample, Points)``;
-    ``_surrogate(params, data, point) -> scalar`` whose gradient in params is this sample's hypergradient.
+    An oracle is static configuration (a frozen dataclass). What is done for ONE sample is supplied by a kind of oracle:
+    `PullBackOracle` solves and then pulls an adjoint back to the parameters, `ForwardOracle` differentiates its own
+    forward pass. Batches, means, weights, warm starts and statuses are here.
 
-    Kinds that differentiate their own forward pass set ``direct = True`` and supply, instead of the last two,
-    ``_forward(params, data, warm, tol) -> (loss value, Sample)``.
+    Args:
+      in_axes: sample axes of the batch, as for `jax.vmap`.
+      on_failure: "nan": one bad sample makes the mean NaN; "drop": it leaves the mean.
+      chunk: samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere.
     """
 
-    direct = False
-    matmul_precision = "highest"  # of float32 products, as for jax.default_matmul_precision; None: the caller's
-    exact = False  # whether results do not depend on the tolerances
+    in_axes: Any = 0
+    on_failure: str = "nan"
+    chunk: int | str | None = "auto"
 
-    in_axes: Any  # sample axes of the batch, as for jax.vmap
-    on_failure: str  # "nan": one bad sample makes the mean NaN; "drop": it leaves the mean
-    chunk: int | str | None  # samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere
-    loss: Callable
-    correct: bool  # return the Newton-corrected hypergradient
+    exact: ClassVar[bool] = False  # whether results do not depend on the tolerances
+    correct: ClassVar[bool] = False  # whether the Newton-corrected hypergradient is returned
+    matmul_precision: ClassVar[str | None] = "highest"  # of float32 products; None: the caller's
 
     def __post_init__(self):
         object.__setattr__(self, "in_axes", Axes.of(self.in_axes))
@@ -96,9 +95,23 @@ class Oracle(Contract, abstract=True):
             raise ValueError(f"`on_failure` of an oracle must be one of {FAILURES}, got {self.on_failure!r}.")
         if self.chunk not in (None, "auto") and not (isinstance(self.chunk, int) and self.chunk >= 1):
             raise ValueError(f"`chunk` must be a positive number of samples, None or 'auto', got {self.chunk!r}.")
-        if not callable(self.loss):
-            raise TypeError(f"`loss` must be a function, got {type(self.loss).__name__}.")
         require_hashable(self)
+
+    @abstractmethod
+    def start(self, params, data) -> Warm:
+        """The cold start of one sample."""
+
+    @abstractmethod
+    def sample_value(self, params, data, warm: Warm, tol) -> Sample:
+        """The value of one sample, without an adjoint solve."""
+
+    @abstractmethod
+    def gradients(self, params, chunk: Chunk, tol, adjoint_tol) -> tuple[PullBackPoints, Sample]:
+        """Weighted sums of the hypergradients of some samples at each of their points, and what is told of each."""
+
+    def without_estimate(self) -> Oracle:
+        """The same without the error estimate of the hypergradient, for methods that do not read it."""
+        return self
 
     @property
     def chunk_size(self) -> int | None:
@@ -227,11 +240,26 @@ def _split(batch, in_axes) -> _Split:
     return _Split(mapped, shared, tuple(axis is not None for axis in axes), treedef, counts[0][1])
 
 
+class Chunk(NamedTuple):
+    """Samples that are solved together."""
+
+    split: _Split
+    mapped: list
+    start: Warm
+    weight: Any
+    may_leave: bool  # whether some may have to leave the mean
+
+    def kept(self, oracle: Oracle, samples: Sample):
+        """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
+        kept = self.weight != 0
+        return kept & _usable(samples) if oracle.on_failure == "drop" else kept
+
+
 @partial(jax.jit, static_argnums=0)
 def _init(oracle, params, batch):
     split = _split(batch, oracle.in_axes.tree())
     with _products(oracle):
-        return jax.vmap(lambda mapped: oracle._start(params, split.data(mapped)))(split.mapped)
+        return jax.vmap(lambda mapped: oracle.start(params, split.data(mapped)))(split.mapped)
 
 
 def _products(oracle):
@@ -287,7 +315,7 @@ def _in_chunks(evaluate, size, carry, inputs, weight):
     return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], outs)
 
 
-def _over_samples(function):
+def over_samples(function):
     """vmap, but a single sample runs as itself: a batched loop copies its state at each step to freeze samples."""
 
     def run(*arguments):
@@ -319,7 +347,7 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     def evaluate(carry, chunk):
         (mapped, start), _ = chunk
         with _products(oracle):
-            samples = _over_samples(lambda m, w: oracle._value(params, split.data(m), w, tol))(mapped, start)
+            samples = over_samples(lambda m, w: oracle.sample_value(params, split.data(m), w, tol))(mapped, start)
         return carry, _named(samples)
 
     _, samples = _in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
@@ -365,14 +393,14 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
 
     def evaluate(total, chunk):
         (mapped, start), chunk_weight = chunk
+        may_leave = sample_weight is not None or oracle.on_failure == "drop"
         with _products(oracle):
-            gradients, samples = _chunk_gradients(
-                oracle, params, split, mapped, start, chunk_weight, tol, adjoint_tol, sample_weight is not None
-            )
+            some = Chunk(split, mapped, start, weight=chunk_weight, may_leave=may_leave)
+            gradients, samples = oracle.gradients(params, some, tol, adjoint_tol)
         return jax.tree.map(jnp.add, total, gradients), samples
 
     zero = trees.zeros_like(params)
-    total = Points(zero, zero if oracle.correct else None, zero if oracle.corrects else None)
+    total = PullBackPoints(zero, zero if oracle.correct else None, zero if oracle.corrects else None)
     total, samples = _in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
     kept = jnp.sum(jnp.where(_usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
     total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
@@ -391,31 +419,6 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     )  # fmt: skip
 
 
-def _chunk_gradients(oracle, params, split, mapped, start, weight, tol, adjoint_tol, weighted_mean: bool):
-    may_leave = weighted_mean or oracle.on_failure == "drop"
-    if oracle.direct:
-        return _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave)
-    solve = _over_samples(lambda m, w: oracle._sample(params, split.data(m), w, tol, adjoint_tol))
-    samples, points = solve(mapped, start)
-    samples = _named(samples)
-    kept = _kept(oracle, samples, weight)
-    if may_leave:
-        (mapped, points), weight = _without(kept, (mapped, points), weight)
-
-    def weighted(params, points):
-        values = _over_samples(lambda m, point: oracle._surrogate(params, split.data(m), point))(mapped, points)
-        return jnp.sum(weight * values)
-
-    gradients = Points(*(None if point is None else jax.grad(weighted)(params, point) for point in points))
-    return _zero_unless_any(kept, gradients) if may_leave else gradients, samples
-
-
-def _kept(oracle, samples: Sample, weight):
-    """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
-    kept = weight != 0
-    return kept & _usable(samples) if oracle.on_failure == "drop" else kept
-
-
 def _blamed(samples: Sample, fine) -> Sample:
     """A gradient that is not finite though every value is: nobody knows of which sample, so no adjoint is fine."""
     status = jnp.where(fine, samples.adjoint.status, Status.NONFINITE).astype(jnp.int32)
@@ -428,39 +431,80 @@ def _without(kept, leaves, weight):
     return jax.tree.map(lambda leaf: leaf[chosen], leaves), jnp.where(kept, weight, 0.0)
 
 
-def _zero_unless_any(kept, gradients: Points) -> Points:
+def _zero_unless_any(kept, gradients: PullBackPoints) -> PullBackPoints:
     """A chunk without a kept sample adds nothing."""
     return jax.tree.map(lambda leaf: jnp.where(jnp.any(kept), leaf, 0.0), gradients)
 
 
-def _direct_gradients(oracle, params, split, mapped, start, weight, tol, may_leave: bool):
-    def weighted(params, mapped, start, weight):
-        values, samples = _over_samples(lambda m, w: oracle._forward(params, split.data(m), w, tol))(mapped, start)
-        return jnp.sum(weight * values), samples
+@dataclass(frozen=True, kw_only=True)
+class PullBackOracle(Oracle, abstract=True):
+    """Oracle of a kind that solves for each sample, and then pulls what it found back to the parameters."""
 
-    differentiate = jax.grad(weighted, has_aux=True)
-    gradients, samples = differentiate(params, mapped, start, weight)
-    samples = _named(samples)
-    if not may_leave:
-        return Points(gradients), samples
-    kept = _kept(oracle, samples, weight)
+    @abstractmethod
+    def sample(self, params, data, warm: Warm, tol, adjoint_tol) -> tuple[Sample, PullBackPoints]:
+        """Both solves of one sample, and where their pull-back takes place."""
 
-    def again(_):
-        # only the forward pass tells which samples are bad, so they leave in a second pass
-        (others, others_start), others_weight = _without(kept, (mapped, start), weight)
-        return differentiate(params, others, others_start, others_weight)[0]
+    @abstractmethod
+    def surrogate(self, params, data, point) -> Any:
+        """A scalar whose gradient in params is the hypergradient of one sample, at a point of `sample`."""
 
-    gradients = jax.lax.cond(jnp.any(~kept & ~_usable(samples)), again, lambda gradients: gradients, gradients)
-    return _zero_unless_any(kept, Points(gradients)), samples
+    def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
+        solve = over_samples(lambda m, w: self.sample(params, chunk.split.data(m), w, tol, adjoint_tol))
+        samples, points = solve(chunk.mapped, chunk.start)
+        samples, mapped, weight = _named(samples), chunk.mapped, chunk.weight
+        kept = chunk.kept(self, samples)
+        if chunk.may_leave:
+            (mapped, points), weight = _without(kept, (mapped, points), weight)
+
+        def weighted(params, points):
+            values = over_samples(lambda m, point: self.surrogate(params, chunk.split.data(m), point))(mapped, points)
+            return jnp.sum(weight * values)
+
+        found = PullBackPoints(*(None if point is None else jax.grad(weighted)(params, point) for point in points))
+        return _zero_unless_any(kept, found) if chunk.may_leave else found, samples
 
 
-def _gradient_error(oracle, total: Points, samples: Sample, weight):
+@dataclass(frozen=True, kw_only=True)
+class ForwardOracle(Oracle, abstract=True):
+    """Oracle of a kind that differentiates its own forward pass."""
+
+    @abstractmethod
+    def forward(self, params, data, warm: Warm, tol) -> tuple[Any, Sample]:
+        """The loss of one sample, which is differentiated as it is, and what is told of it."""
+
+    def sample_value(self, params, data, warm: Warm, tol) -> Sample:
+        return self.forward(params, data, warm, tol)[1]
+
+    def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
+        def weighted(params, mapped, start, weight):
+            each = over_samples(lambda m, w: self.forward(params, chunk.split.data(m), w, tol))
+            values, samples = each(mapped, start)
+            return jnp.sum(weight * values), samples
+
+        differentiate = jax.grad(weighted, has_aux=True)
+        gradients, samples = differentiate(params, chunk.mapped, chunk.start, chunk.weight)
+        samples = _named(samples)
+        if not chunk.may_leave:
+            return PullBackPoints(gradients), samples
+        kept = chunk.kept(self, samples)
+
+        def again(_):
+            # only the forward pass tells which samples are bad, so they leave in a second pass
+            (mapped, start), weight = _without(kept, (chunk.mapped, chunk.start), chunk.weight)
+            return differentiate(params, mapped, start, weight)[0]
+
+        bad = jnp.any(~kept & ~_usable(samples))
+        gradients = jax.lax.cond(bad, again, lambda gradients: gradients, gradients)
+        return _zero_unless_any(kept, PullBackPoints(gradients)), samples
+
+
+def _gradient_error(oracle, total: PullBackPoints, samples: Sample, weight):
     if oracle.correct:
         moved_first = trees.norm(trees.sub(total.halfway, total.plain))
         moved_last = trees.norm(trees.sub(total.corrected, total.halfway))
-        return correction.remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.left, 0.0)))
+        return remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.residual_ratio, 0.0)))
     if oracle.corrects:
         # a Newton step that met negative curvature tells nothing
-        known = jnp.all(jnp.isfinite(samples.left) | (weight == 0))
+        known = jnp.all(jnp.isfinite(samples.residual_ratio) | (weight == 0))
         return jnp.where(known, trees.norm(trees.sub(total.corrected, total.plain)), jnp.inf)
     return oracle.unknown_error(weight.dtype)

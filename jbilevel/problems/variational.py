@@ -156,12 +156,12 @@ def variational(
         ``operator.norm()``, computed once here, where it exists.
       data_convexity: a proven mu_A with ||A x||^2 >= mu_A ||x||^2 (1 for the identity, 0 where the convexity of the
         regulariser is enough); without one (and ridge = 0) the problem has no strong convexity constant, stops on the
-        gradient norm, and reports ``error = inf``. MAID then works with the estimated error of `errors.distance`.
+        gradient norm, and reports ``error = inf``. MAID then works with estimated errors.
 
     The saddle form, with R(x) = min_z max_q <L(x, z), q> + a(z) - b*(q) (`SaddleBlocks`), has the primal unknown
-    (x, z), or just x where there is no z, and the dual unknown q; an operator is dualised too (paper 3, (33) and (35),
-    with the signs of a maximum of <A x - y, p> - |p|^2/2), and the dual unknown is then (p, q), p as real arrays
-    (..., 2) of real and imaginary parts where measurements are complex. Losses take the pair: ``pair[0]`` is x or
+    (x, z), or just x where there is no z, and the dual unknown q; an operator is dualised too (Bogensperger et al.
+    2024, (33) and (35), with the signs of a maximum of <A x - y, p> - |p|^2/2), and the dual unknown is then (p, q), p
+    as real arrays (..., 2) of real and imaginary parts where measurements are complex. Losses take the pair: ``pair[0]`` is x or
     (x, z); `image_of` reads x from it, and ``jb.losses`` take ``part=0`` or ``part=(0, 0)``.
 
     Raises:

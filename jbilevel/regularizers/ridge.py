@@ -157,7 +157,7 @@ class WCRR(CRR):
     R + rho e^a ||x||^2/2 is convex (Goujon, Neumayer & Unser 2024, goujon_wcrr_2024), hence denoising,
     1/2 ||x - y||^2 + R, is strongly convex with 1 - rho e^a. `project` keeps a <= 0, so with it 1 - rho is guaranteed.
     Where the data term has no such constant the energy need not be convex: use `jbilevel.solvers.NonmonotoneAPG` and
-    ``adjoint_solver="minres"``.
+    ``linear_solver=MINRES()``.
 
     Args:
       weak_convexity: rho. For rho -> 1 the potential becomes constant far from 0, and denoising ill-conditioned.

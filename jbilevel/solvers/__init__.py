@@ -17,6 +17,9 @@ from jbilevel.solvers.cg import cg as cg
 from jbilevel.solvers.external import External as External
 from jbilevel.solvers.forward_backward import ForwardBackward as ForwardBackward
 from jbilevel.solvers.lbfgs import LBFGS as LBFGS
+from jbilevel.solvers.linear import CG as CG
+from jbilevel.solvers.linear import MINRES as MINRES
+from jbilevel.solvers.linear import LinearSolver as LinearSolver
 from jbilevel.solvers.loop import solve_jitted, start_jitted
 from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG

@@ -27,7 +27,7 @@ class OptaxState(NamedTuple):
 
 @dataclass(frozen=True)
 class Optax(Solver):
-    """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam (papers 0, 1).
+    """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam.
 
     For comparisons: the steps know no constant of the problem, and a rate that does not suit ends as MAX_STEPS,
     STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve.

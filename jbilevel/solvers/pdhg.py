@@ -47,7 +47,7 @@ class PDHG(Solver):
     Always tau sigma ||K||^2 <= 1, and:
 
     - both moduli known: linear convergence with nu = min(1, 2 sqrt(mu_g mu_f)/||K||), tau = nu/(2 mu_g),
-      sigma = nu/(2 mu_f), theta = 1/(1 + nu) (their Algorithm 3; paper 3, Algorithm 1);
+      sigma = nu/(2 mu_f), theta = 1/(1 + nu) (their Algorithm 3);
     - else theta = 1, tau = ratio/||K||, sigma = 1/(ratio ||K||), over-relaxed: z + relaxation (z+ - z);
     - one modulus and ``accelerate``: O(1/k^2) by shrinking the step of that variable (Algorithm 2; for f* with roles
       exchanged). That is a worst-case rate: total variation needs ten times more of these iterations than of the above.

@@ -110,7 +110,7 @@ def trained(args, rng):
 
 def dice(logits, labels) -> float:
     """Of discs and bars, mean over images."""
-    return float(jb.metrics.dice(jnp.argmax(logits, -1), labels, len(CLASSES), background=False))
+    return float(jb.metrics.dice(jnp.argmax(logits, 1), labels, len(CLASSES), background=False))
 
 
 def table(rows: dict, test) -> str:
@@ -130,7 +130,7 @@ def figure(path, rows: dict, test, shown) -> None:
     for line, index in zip(axes, shown, strict=True):
         for axis, (name, (_, images, logits)) in zip(line, rows.items(), strict=True):
             axis.imshow(images[index], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            found = np.argmax(logits[index], -1)
+            found = np.argmax(logits[index], 0)
             for kind, colour in enumerate(COLOURS, 1):
                 if np.any(found == kind):
                     axis.contour((found == kind).astype(float), levels=[0.5], colors=colour, linewidths=1.6)

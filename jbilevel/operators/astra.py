@@ -41,7 +41,10 @@ class Astra(LinearOperator):
       RuntimeError: "cuda" where ASTRA sees no GPU.
       ValueError: unknown kernel or device, ``exact`` with "cuda", or what `ParallelBeam` refuses.
 
-    Reference: W. van Aarle et al., Fast and flexible X-ray tomography using the ASTRA toolbox, Optics Express (2016).
+    Reference: W. van Aarle et al., Fast and flexible X-ray tomography using the ASTRA toolbox, Optics Express (2016),
+    van_aarle_2016.
+
+    >>> A = Astra((64, 64), [0.0, 1.0, 2.0], 92)  # doctest: +SKIP
     """
 
     in_shape: tuple[int, int]

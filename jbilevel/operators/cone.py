@@ -48,8 +48,8 @@ class ConeBeam(XRay):
     Raises:
       ValueError: as for `FanBeam`.
 
-    Reference: L. A. Feldkamp, L. C. Davis, J. W. Kress, Practical cone-beam algorithm, J. Opt. Soc. Am. A 1 (1984), for
-    the reconstruction.
+    Reference: L. A. Feldkamp, L. C. Davis, J. W. Kress, Practical cone-beam algorithm, J. Opt. Soc. Am. A 1 (1984),
+    feldkamp_1984, for the reconstruction.
 
     >>> import jax.numpy as jnp
     >>> A = ConeBeam((4, 4, 4), [0.0], (3, 3), source_origin=10.0, origin_detector=10.0, detector_size=2.0)

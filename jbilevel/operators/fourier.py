@@ -34,7 +34,8 @@ class UndersampledFourier(LinearOperator):
     Raises:
       ValueError: a mask or coils of another shape, a mask that keeps nothing, coils that are not finite.
 
-    Reference: K. P. Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magnetic Resonance in Medicine (1999).
+    Reference: K. P. Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magnetic Resonance in Medicine (1999),
+    pruessmann_1999.
 
     >>> import jax.numpy as jnp
     >>> A = UndersampledFourier((4, 4), [[0, 0, 1, 0]] * 4)

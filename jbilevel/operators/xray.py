@@ -208,7 +208,7 @@ class ParallelBeam(PlaneXRay):
         the image meets.
 
     Reference: P. M. Joseph, An improved algorithm for reprojecting rays through pixel images, IEEE Trans. Med. Imaging
-    1 (1982).
+    1 (1982), joseph_1982.
 
     >>> import jax.numpy as jnp
     >>> A = ParallelBeam((4, 4), angles=[0.0, 1.5707963], n_detectors=4, pixel_size=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ def squared_error(target: Hashable = "x", mean: bool = False, *, part: Hashable 
     >>> loss == squared_error() and hash(loss) == hash(squared_error())
     True
     """
-    return ImageLoss(_half_square, 1.0, target, bool(mean), part)
+    return ImageLoss(penalty=_half_square, scale=1.0, target=target, mean=bool(mean), part=part)
 
 
 def huber(target: Hashable = "x", mean: bool = False, *, delta: float = 0.1, part: Hashable = None) -> ImageLoss:
@@ -93,7 +93,7 @@ def huber(target: Hashable = "x", mean: bool = False, *, delta: float = 0.1, par
     >>> print(huber(target=None, delta=1.0)(None, jnp.array([0.5, -3.0]), jnp.zeros(2)))
     2.625
     """
-    return ImageLoss(_huber, _positive("delta", delta), target, bool(mean), part)
+    return ImageLoss(penalty=_huber, scale=_positive("delta", delta), target=target, mean=bool(mean), part=part)
 
 
 def charbonnier(target: Hashable = "x", mean: bool = False, *, eps: float = 1e-3, part: Hashable = None) -> ImageLoss:
@@ -110,7 +110,7 @@ def charbonnier(target: Hashable = "x", mean: bool = False, *, eps: float = 1e-3
     >>> print(charbonnier(target=None, eps=3.0)(None, jnp.array([4.0, 0.0]), jnp.zeros(2)))
     2.0
     """
-    return ImageLoss(_charbonnier, _positive("eps", eps), target, bool(mean), part)
+    return ImageLoss(penalty=_charbonnier, scale=_positive("eps", eps), target=target, mean=bool(mean), part=part)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class DenoisingScore:
     """
 
     regularizer: Callable[[Any, Any], Any]
+    _: KW_ONLY
     noisy: Hashable = "y"
     target: Hashable = "x"
 
@@ -167,6 +168,7 @@ class Adversarial:
     """
 
     regularizer: Callable[[Any, Any], Any]
+    _: KW_ONLY
     penalty: float = 10.0
     naive: Hashable = "naive"
     target: Hashable = "x"
@@ -254,7 +256,7 @@ def log_cosh_dice(logits, labels, **settings):
     return loss + jax.nn.softplus(-2 * loss) - math.log(2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Segmentation:
     """A weighted sum of :func:`cross_entropy`, :func:`dice`, :func:`iou` and :func:`log_cosh_dice`, by default all of
     weight 1 (the composite loss of Kadagala, kadagala_hoag_report and kadagala_thesis_2025); a value that hashes.

@@ -169,7 +169,7 @@ def test_share_among_the_best_agrees_with_scikit_learn():
     ("call", "words"),
     [
         (lambda: losses.Segmentation(dice=-1.0), "must not be negative"),
-        (lambda: losses.Segmentation(0.0, 0.0, 0.0, 0.0), "one must be positive"),
+        (lambda: losses.Segmentation(cross_entropy=0.0, dice=0.0, iou=0.0, log_cosh_dice=0.0), "one must be positive"),
         (lambda: metrics.top_k(LOGITS, LABELS), r"must be \(n, C\)"),
         (lambda: metrics.top_k(LOGITS[0].T, LABELS[0], 7), "`k` must lie"),
         (lambda: metrics.top_k(LOGITS[0].T, np.ones(6)), "`labels` must be integers"),

@@ -114,8 +114,8 @@ class LPD(nnx.Module):
       ImportError: flax is not installed.
 
     References: Adler & Öktem, Learned primal-dual reconstruction, IEEE Trans. Med. Imaging 37 (2018), adler_lpd_2018,
-    algorithm 3; Tang, Mukherjee & Schönlieb, Stochastic primal-dual deep unrolling, arXiv:2110.10093 (LSPD) and arXiv:2208.14784
-    (sketched).
+    algorithm 3; Tang, Mukherjee & Schönlieb, Stochastic primal-dual deep unrolling, arXiv:2110.10093 (LSPD) and
+    arXiv:2208.14784 (sketched).
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> from flax import nnx
@@ -166,9 +166,10 @@ class LPD(nnx.Module):
         """A published network, with ``changes`` of its settings.
 
         "adler-oktem": 10 layers of 3 x 3 convolutions, memory 5, normalised operator, from zero; 251,980 parameters in
-        two dimensions (Adler & Öktem 2018). "thesis" (Kadagala 2025, kadagala_thesis_2025): 12 layers of 5 x 5,
-        no memory, learned step sizes from 0.01, operator as it is, from FBP; 683,232. "thesis-mnist": the same with 5 layers of 3 x 3; 102,920. "pdnet": 2
-        layers as the first, with FBP for the transpose and for the start; 50,396.
+        two dimensions (Adler & Öktem 2018, adler_lpd_2018). "thesis": 12 layers of 5 x 5, no memory, learned step sizes
+        from 0.01, operator as it is, from FBP; 683,232 (Kadagala 2025, kadagala_thesis_2025). "thesis-mnist": the same
+        with 5 layers of 3 x 3; 102,920. "pdnet": 2 layers as the first, with FBP for the transpose and for the start;
+        50,396.
 
         Raises:
           ValueError: another name.

@@ -157,7 +157,14 @@ class FanBeam(PlaneXRay):
         columns = source * sin, -along * sin + offset * cos, step * cos
         if transposed:
             rows, columns = columns, rows
-        view = _FanView(rows[0], columns[0], rows[1], columns[1], rows[2], columns[2])
+        view = _FanView(
+            source_row=rows[0],
+            source_column=columns[0],
+            middle_row=rows[1],
+            middle_column=columns[1],
+            step_row=rows[2],
+            step_column=columns[2],
+        )
         k = np.arange(self.n_detectors) - (self.n_detectors - 1) / 2
         down = view.middle_row[:, None] + k * view.step_row[:, None]
         across = view.middle_column[:, None] + k * view.step_column[:, None]
@@ -174,4 +181,4 @@ class FanBeam(PlaneXRay):
         u = k * virtual + self.detector_offset / self.magnification
         cosine = self.source_origin / np.hypot(self.source_origin, u)
         angular = 0.5 * spacings(self.angles, 2 * math.pi)  # every line is measured twice
-        return Reconstruction(FanInterpolation(), view, cosine[None], angular, virtual)
+        return Reconstruction(rays=FanInterpolation(), view=view, before=cosine[None], angular=angular, spacing=virtual)

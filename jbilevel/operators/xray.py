@@ -249,13 +249,21 @@ class ParallelBeam(PlaneXRay):
             down, across, own = across, down, ~own
         safe = np.where(own, across, 1.0)
         origin = np.full_like(cos, -self.detector_offset / self.detector_size)
-        view = _ParallelView(-origin / safe, -down / safe, 1 / safe, origin, down, across)
+        view = _ParallelView(
+            offset=-origin / safe, slope=-down / safe, spacing=1 / safe, origin=origin, down=down, across=across
+        )
         length = self.pixel_size * per_pixel / np.abs(safe)
         return view, np.where(own, length, 0.0)[:, None]
 
     def _reconstruction(self):
         rays, (view, _) = Interpolation(_ParallelRays()), self._views(False)
-        return Reconstruction(rays, view, np.ones((1, 1)), spacings(self.angles, math.pi), self.detector_size)
+        return Reconstruction(
+            rays=rays,
+            view=view,
+            before=np.ones((1, 1)),
+            angular=spacings(self.angles, math.pi),
+            spacing=self.detector_size,
+        )
 
 
 def check_plane(A, positive, finite, axes: str = "(H, W)", panel: int = 1) -> None:

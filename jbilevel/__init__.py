@@ -28,8 +28,15 @@ from jbilevel._core.results import Status as Status
 from jbilevel._core.results import StepInfo as StepInfo
 from jbilevel._core.results import Value as Value
 from jbilevel._core.results import Warm as Warm
+from jbilevel._core.results import Work as Work
 from jbilevel._core.results import check as check
+from jbilevel._method.base import Method as Method
+from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import Oracle as Oracle
+from jbilevel._oracle.base import Sample as Sample
+from jbilevel._oracle.kinds import ForwardOracle as ForwardOracle
+from jbilevel._oracle.kinds import PullBackOracle as PullBackOracle
+from jbilevel._oracle.pipeline import AdjointOracle as AdjointOracle
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView
 from jbilevel._views.smooth import SmoothView as SmoothView

@@ -8,9 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 import jax
 import jax.numpy as jnp
 
-from jbilevel._core.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.results import SolveInfo, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import ForwardOracle, Sample
+from jbilevel._oracle.base import Sample
+from jbilevel._oracle.kinds import ForwardOracle
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,6 @@ class Oracle(ForwardOracle):
         trace_scalar(self.loss, "loss", params, data)
         value = self.loss(params, data)
         seen = jax.lax.stop_gradient(value)
-        status = jnp.where(jnp.isfinite(seen), Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)
-        exact = jnp.zeros_like(seen)
-        steps = jnp.zeros((), jnp.int32)
-        lower = SolveInfo(status, steps, exact, exact, Work.zero().plus(gradients=1))
-        adjoint = SolveInfo(jnp.zeros_like(status), steps, exact, exact, Work.zero())
-        return value, Sample(
-            value=seen,
-            shift=exact,
-            estimate=exact,
-            bound=exact,
-            gradient_bound=exact,
-            residual_ratio=exact,
-            warm=warm,
-            lower=lower,
-            adjoint=adjoint,
-        )
+        lower = SolveInfo.exact(seen)
+        adjoint = lower._replace(status=jnp.zeros_like(lower.status), evaluations=Work.zero())
+        return value, Sample(value=seen, warm=warm, lower=lower, adjoint=adjoint)

@@ -1,15 +1,14 @@
 """Reconstruction for a task: the lower level reconstructs, the upper level is the loss of what a network makes of it.
 
 min over theta (and leaves of T) of mean_i loss(T(x_hat_i(theta)), s_i), x_hat_i(theta) the solution of any lower-level
-problem for the measurement y_i alone; s_i are labels (papers 0 and 1).
+problem for the measurement y_i alone; s_i are labels (Adler et al. 2022; Kadagala 2025).
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,8 @@ from jbilevel import explicit
 from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
 from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
-from jbilevel.alternating import Alternating
+from jbilevel._training.batches import is_changing, mapped
+from jbilevel.alternating import Alternating, Batches
 from jbilevel.first_order import FirstOrder
 from jbilevel.maid import MAID
 from jbilevel.problems.base import Problem
@@ -54,9 +54,9 @@ class Pipeline:
     labels: str = "labels"
 
     def __post_init__(self):
-        for name in ("task", "loss"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"`{name}` must be a function, got {type(getattr(self, name)).__name__}.")
+        for name, function in (("task", self.task), ("loss", self.loss)):
+            if not callable(function):
+                raise TypeError(f"`{name}` must be a function, got {type(function).__name__}.")
         if not isinstance(self.problem, Problem):
             kind = type(self.problem).__name__
             raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {kind}.")
@@ -139,8 +139,9 @@ class Pipeline:
                 "the loss does not change with the reconstruction, where solves start, so the hypergradient of the "
                 "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops "
                 "gradients.",
-                UserWarning, stacklevel=3,
-            )  # fmt: skip
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _traced(self, params, x, sample):
         """Shapes of T(x) for one sample, after making sure that it and the loss can be differentiated."""
@@ -244,10 +245,10 @@ def _first(pipeline: Pipeline, params, x, batch):
 class TaskAdapted:
     """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`."""
 
-    regularizer: Any
-    task: Any
+    regularizer: Any = field(repr=False)
+    task: Any = field(repr=False)
     fit: FitResult
-    pipeline: Pipeline
+    pipeline: Pipeline = field(repr=False)
 
     def reconstruct(self, batch, *, tol=1e-3):
         """Pictures of a batch of measurements; `ConvergenceError` where a solve fails. Labels are not needed."""
@@ -272,6 +273,9 @@ def rates(**optimizers) -> optax.GradientTransformation:
     return optax.multi_transform(optimizers, {name: name for name in optimizers})
 
 
+DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))  # where batches change
+
+
 def task_adapted(
     problem,
     task: Callable,
@@ -282,7 +286,7 @@ def task_adapted(
     batches,
     steps: int,
     finetune=None,
-    method: Callable = MAID,
+    method: Callable | None = None,
     projection: Callable | None = None,
     alternate: optax.GradientTransformation | None = None,
     task_steps: int = 1,
@@ -309,7 +313,8 @@ def task_adapted(
       finetune: which leaves of T learn too, as for `partition`: ``(path, leaf) -> bool``, a tree of bools, or
         ``UNet.last(2)``. None: T stays as it is.
       method: ``(oracle) -> method``: `MAID`, `HOAG`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. Fine-tuning
-        wants learning rates of its own for T: `task.rates`, or ``alternate``.
+        wants learning rates of its own for T: `task.rates`, or ``alternate``. None: `MAID` on a full batch; where
+        batches change, Adam with the rates 0.1 of theta and 1e-3 of T.
       projection: of theta onto a feasible set, e.g. ``R.project`` or a box, `prox.box`.
       alternate: an optax optimiser of T. Each step then takes ``task_steps`` of its steps on the reconstructions as
         they are, without any further lower-level solve, and one step of ``method`` in theta alone. None: ``method``
@@ -326,7 +331,7 @@ def task_adapted(
       ValueError: ``finetune`` selects nothing; a batch lacks an entry; labels are no classes. TypeError: the task has
         no derivative. Warns where the loss does not depend on the reconstruction.
 
-    Reference: Crockett & Fessler, Bilevel methods for image reconstruction, 2022 (IFT and HOAG, as in paper 0).
+    Reference: Adler, Lunz, Verdier, Schönlieb & Öktem, Task adapted reconstruction for inverse problems, 2022.
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> R = jb.regularizers.SmoothedTV(eps=0.1)
@@ -337,19 +342,21 @@ def task_adapted(
     >>> bool(found.fit.history["value"][-1] < found.fit.history["value"][0]), found.regularizer.shape
     (True, (1,))
     """
-    pipeline = Pipeline(problem, task, loss, image, measured, labels)
+    pipeline = Pipeline(problem, task, loss, image=image, measured=measured, labels=labels)
     params, frozen = pipeline.split(regularizer, task_params, finetune)
     if alternate is not None and finetune is None:
         raise ValueError("`alternate` moves leaves of the task network: say which in `finetune`.")
-    first, batches = _with_frozen(batches, frozen)
+    first, batches = mapped(batches, partial(_with_frozen, frozen=frozen))
     pipeline.inspect(params, first)
     joint = pipeline.oracle(first, **(oracle or {}))
     feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
+    if method is None:
+        method = partial(FirstOrder, optimizer=DEFAULT_RATES) if is_changing(batches) else MAID
     chosen = method(joint, **feasible)
     if alternate is not None:
         parts = {"x": 0, "labels": 0, FROZEN: None}
         network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)
-        chosen = Alternating(joint, chosen, network, _Pictures(pipeline), task_steps)
+        chosen = Alternating(joint, chosen, network, batches=_Turns(pipeline), task_steps=task_steps)
     result = fit(chosen, params, batches, steps=steps, **settings)
     return TaskAdapted(result.params["regularizer"], combine(result.params["task"], frozen), result, pipeline)
 
@@ -365,38 +372,23 @@ class _OnPictures:
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """What `Alternating` has to know: the batch of the network, and the batch with T at rest."""
+class _Turns(Batches):
+    """The batch of the network, with pictures in it, and the batch with T at rest."""
 
     pipeline: Pipeline
 
-    def seen(self, x, batch):
+    def of_task(self, x, batch):
         pictures = jax.vmap(self.pipeline.picture)(x)
         return {"x": pictures, "labels": batch[self.pipeline.labels], FROZEN: batch[FROZEN]}
 
-    def rest(self, task_params, batch):
+    def of_reconstruction(self, task_params, batch):
         return batch | {FROZEN: combine(task_params, batch[FROZEN])}
 
 
-def _with_frozen(batches, frozen):
-    """(the first batch, batches) with the frozen leaves beside the samples."""
-
-    def extended(batch):
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}."
-            )
-        if FROZEN in batch:
-            raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
-        return dict(batch) | {FROZEN: frozen}
-
-    if callable(batches):
-        return extended(batches(0)), lambda step: extended(batches(step))
-    if isinstance(batches, Iterable) and not isinstance(batches, Mapping) and not hasattr(batches, "shape"):
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise ValueError("`batches` ended before the first step; give a fresh iterator with at least one batch.")
-        return extended(first), map(extended, itertools.chain([first], iterator))
-    full = extended(batches)
-    return full, full
+def _with_frozen(batch, frozen):
+    """The batch with the frozen leaves beside the samples."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}.")
+    if FROZEN in batch:
+        raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
+    return dict(batch) | {FROZEN: frozen}

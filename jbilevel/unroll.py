@@ -14,7 +14,8 @@ from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import ForwardOracle, Sample, require_view
+from jbilevel._oracle.base import Sample, require_view
+from jbilevel._oracle.kinds import ForwardOracle
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
 from jbilevel._views.smooth import SmoothView
@@ -85,20 +86,9 @@ class Oracle(ForwardOracle):
         lower = SolveInfo(status, steps, state.residual, error, state.evaluations)
         backward = Work.zero().plus(products=steps if self.truncate is None else self.truncate)
         adjoint = SolveInfo(jnp.zeros((), jnp.int32), steps, jnp.zeros_like(error), jnp.zeros_like(error), backward)
-        unknown = jnp.full_like(seen, jnp.inf)
         slope = jax.grad(self.loss, 1)(params, state.x, data)
         estimate = jax.lax.stop_gradient(trees.norm(slope) * error)
-        return value, Sample(
-            value=seen,
-            shift=jnp.zeros_like(seen),
-            estimate=estimate,
-            bound=unknown,
-            gradient_bound=unknown,
-            residual_ratio=jnp.zeros_like(seen),
-            warm=Warm(state.x, None),
-            lower=lower,
-            adjoint=adjoint,
-        )
+        return value, Sample(value=seen, warm=Warm(state.x, None), lower=lower, adjoint=adjoint, estimate=estimate)
 
     def _iterate(self, params, data, x0):
         """Solver state after all steps; only the last ``truncate`` of them carry derivatives."""

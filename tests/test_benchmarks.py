@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
     error_problems,
     errors,
     experiments,
+    exports,
     hypergradients,
     projectors,
     report,
@@ -40,6 +41,7 @@ SCRIPTS = (
     "saddle_errors",
     "sparse",
     "learned_reconstruction",
+    "exports",
     "ridge",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",
@@ -100,6 +102,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     assert "times faster" in page and "violations" in page and "Against plain Newton-CG" in page
     assert "LPD over the best filter" in page and "under the ceiling" in page and "of unrolled; criterion" in page
     assert "| FP 32² × 10, batch 2 | pure JAX |" in page
+    assert "export for CUDA. With a callback, which cannot be exported: `from_callbacks`" in page
     distances = [row["figures"].get("distance", 0.0) for row in rows["projectors"]]
     assert max(distances) < 1e-5
     picture = tmp_path / "figures" / "hypergradients.png"
@@ -117,7 +120,7 @@ def check_row(row, name, folder):
 
 
 @pytest.mark.parametrize(
-    "module", [hypergradients, errors, experiments, projectors, report], ids=lambda module: module.__name__
+    "module", [hypergradients, errors, experiments, exports, projectors, report], ids=lambda module: module.__name__
 )
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as end:

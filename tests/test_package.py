@@ -23,6 +23,7 @@ ROWS = (
     ("problems",),
     ("_method",),
     ("alternating", "first_order", "hoag", "maid", "nba"),
+    ("_training",),
     ("training",),
     ("task",),
     ("dfols",),  # its package owns the loop, so it comes after ours

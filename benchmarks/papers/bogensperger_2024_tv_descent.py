@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,12 +83,12 @@ def runs(args, name: str, start, batch) -> Iterator[tuple[dict, Any, Any]]:
         for case, tol, alpha in cases(kind, alphas):
             own = state.optimizer.hyperparams | {"learning_rate": jnp.asarray(alpha, jnp.float32)}
             rate = state.optimizer._replace(hyperparams=own)
-            yield case, method, state._replace(tol=tol, adjoint_tol=tol, optimizer=rate)
+            yield case, method, replace(state, tol=tol, adjoint_tol=tol, optimizer=rate)
 
     method = jb.MAID(oracle, projection=model.project, tol=1.0, adjoint_tol=1.0, barzilai_borwein=False)
     state = method.init(start, batch)
     for case, tol, alpha in cases("MAID", args.alphas):
-        yield case, method, state._replace(tol=tol, adjoint_tol=tol, step=jnp.asarray(alpha, float))
+        yield case, method, replace(state, tol=tol, adjoint_tol=tol, step=jnp.asarray(alpha, float))
     yield from first_order("gradient descent", optax.sgd, args.alphas)
     yield from first_order("Adam", optax.adam, args.rates)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,13 +208,14 @@ def _methods(args, setting: Setting, params):
         method = jb.HOAG(plain, schedule=schedule)
         yield {"method": "HOAG", "variant": schedule, "tol": None}, method, method.init(params, batch), {}
     for name, rates in RATES.items():
-        method = jb.FirstOrder(plain, optax.inject_hyperparams(OPTIMISERS[name])(learning_rate=0.1), 1e-3, 1e-3)
+        optimizer = optax.inject_hyperparams(OPTIMISERS[name])(learning_rate=0.1)
+        method = jb.FirstOrder(plain, optimizer, tol=1e-3, adjoint_tol=1e-3)
         first = method.init(params, batch)
         for tol in args.fixed:
             for rate in rates if not args.quick else rates[1:2]:
                 optimizer = first.optimizer._replace(hyperparams={"learning_rate": jnp.asarray(rate)})
                 fixed = jnp.asarray(tol)
-                state = first._replace(optimizer=optimizer, tol=fixed, adjoint_tol=fixed)
+                state = replace(first, optimizer=optimizer, tol=fixed, adjoint_tol=fixed)
                 yield {"method": name, "variant": f"rate {rate:g}", "tol": tol}, method, state, {"rate": rate}
 
 

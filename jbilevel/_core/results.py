@@ -105,6 +105,14 @@ class SolveInfo(NamedTuple):
         """Gradient-equivalents spent (see `Work.total`)."""
         return self.evaluations.total
 
+    @classmethod
+    def exact(cls, like) -> SolveInfo:
+        """Of a solve that is exact up to rounding, in the dtype of a number: NONFINITE where that is not finite."""
+        zero, like = jnp.zeros((), jnp.int32), jnp.asarray(like)
+        status = jnp.where(jnp.isfinite(like), Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)
+        none = jnp.zeros_like(like)
+        return cls(status, zero, residual=none, error=none, evaluations=Work.zero().plus(gradients=1))
+
 
 class Warm(NamedTuple):
     """Where the next solves start: the lower-level unknown and the adjoint (``None`` for oracles without one)."""

@@ -1,4 +1,4 @@
-"""What descent methods share: automatic first tolerances and step, projected steps, decrease with inexact values."""
+"""What descent methods share: automatic first tolerances and step lengths, projections and projected steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import StepInfo
 from jbilevel._core.validate import validate_arrays
 from jbilevel.solvers import require_tolerance
 
@@ -33,20 +32,27 @@ def _finite_mean(sizes):
     return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
 
 
-def first_tolerances(oracle, params, batch, relative, tol, adjoint_tol):
-    """(tol, adjoint_tol) as asked for, or ``relative`` times the scales at the cold start."""
+class Tolerances(NamedTuple):
+    tol: Any
+    adjoint_tol: Any
+
+
+def first_tolerances(oracle, params, batch, relative, tol=None, adjoint_tol=None) -> Tolerances:
+    """As asked for, or ``relative`` times the scales at the cold start; 0 on an exact oracle, which has none."""
     for name, asked in (("tol", tol), ("adjoint_tol", adjoint_tol)):
         if asked is not None:
             require_tolerance(asked, name, params)
     if tol is not None and adjoint_tol is not None:
-        return jnp.asarray(tol, float), jnp.asarray(adjoint_tol, float)
-    measured = Scales(0.0, 0.0) if getattr(oracle, "exact", False) else scales(oracle, params, batch)
+        return Tolerances(jnp.asarray(tol, float), jnp.asarray(adjoint_tol, float))
+    nothing = jnp.zeros((), float)
+    measured = Scales(nothing, nothing) if oracle.exact else scales(oracle, params, batch)
+    # a start that already solves the problem has scale 0, which no solve could meet
+    least = 0.0 if oracle.exact else relative
 
     def choose(asked, scale):
-        # a start that already solves the problem has scale 0, which no solve could meet
-        return jnp.asarray(asked, float) if asked is not None else jnp.where(scale > 0, relative * scale, relative)
+        return jnp.asarray(asked, float) if asked is not None else jnp.where(scale > 0, relative * scale, least)
 
-    return choose(tol, measured.solution), choose(adjoint_tol, measured.adjoint)
+    return Tolerances(choose(tol, measured.solution), choose(adjoint_tol, measured.adjoint))
 
 
 def first_step(params, grad, relative=0.1):
@@ -86,17 +92,3 @@ def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):
     s, y = trees.sub(params, previous_params), trees.sub(grad, previous_grad)
     curvature = trees.dot(s, y)
     return jnp.where(curvature > 0, curvature / jnp.where(curvature > 0, trees.squared_norm(y), 1.0), fallback)
-
-
-def step_info(hypergradient, *, step, tol, adjoint_tol, work, status=None, done=False) -> StepInfo:
-    return StepInfo(
-        value=hypergradient.value,
-        grad_norm=trees.norm(hypergradient.grad),
-        error=hypergradient.error,
-        step=jnp.asarray(step, float),
-        tol=tol,
-        adjoint_tol=adjoint_tol,
-        work=work,
-        status=hypergradient.status if status is None else status,
-        done=jnp.asarray(done),
-    )

@@ -19,6 +19,8 @@ from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm
 from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
+from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
+from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining
 from jbilevel.solvers import require_tolerance
 
@@ -26,17 +28,31 @@ FAILURES = ("nan", "drop")
 
 
 class Sample(NamedTuple):
-    """What a kind of oracle reports about one sample."""
+    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact."""
 
     value: Any  # upper-level value at the computed x
-    shift: Any  # its signed first-order error (value - shift is the corrected value)
-    estimate: Any  # of |value - shift - exact|
-    bound: Any  # proven bound on the error of the value that the batch mean uses, inf where unknown
-    gradient_bound: Any  # proven bound on this sample's hypergradient error, inf where unknown
-    residual_ratio: Any  # share of the residuals that a Newton correction left
     warm: Warm
     lower: SolveInfo
     adjoint: SolveInfo
+    shift: Any = None  # signed first-order error of the value (value - shift is the corrected value); 0
+    estimate: Any = None  # of |value - shift - exact|; inf
+    bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
+    gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
+    residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+
+    def filled(self, exact: bool) -> Sample:
+        """With arrays in place of what was left out."""
+        zero = jnp.zeros_like(self.value)
+        unknown = zero if exact else jnp.full_like(self.value, jnp.inf)
+        defaults = {
+            "shift": zero,
+            "residual_ratio": zero,
+            "estimate": unknown,
+            "bound": unknown,
+            "gradient_bound": unknown,
+        }
+        given = self._asdict()
+        return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
 
 
 class PullBackPoints(NamedTuple):
@@ -45,26 +61,6 @@ class PullBackPoints(NamedTuple):
     plain: Any
     halfway: Any = None
     corrected: Any = None
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A pytree of sample axes as a hashable value, so that oracles can be static arguments of jit."""
-
-    leaves: tuple
-    treedef: Any
-
-    @classmethod
-    def of(cls, in_axes):
-        if isinstance(in_axes, Axes):
-            return in_axes
-        leaves, treedef = jax.tree.flatten(in_axes, is_leaf=lambda a: a is None)
-        if not all(leaf is None or isinstance(leaf, int) for leaf in leaves):
-            raise TypeError(f"`in_axes` must hold integers and None, as for jax.vmap, got {in_axes}.")
-        return cls(tuple(leaves), treedef)
-
-    def tree(self):
-        return jax.tree.unflatten(self.treedef, self.leaves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,55 +191,10 @@ def require_view(problem, view_type: type, name: str, wanted: str, instead: str)
         raise TypeError(f"{name} needs a {wanted}, got {kind}; {instead}.")
 
 
-class _Split(NamedTuple):
-    """A batch as (mapped leaves with the sample axis in front, shared leaves) and the way back."""
-
-    mapped: list
-    shared: list
-    is_mapped: tuple
-    treedef: Any
-    count: int
-
-    def data(self, mapped):
-        pools = {True: iter(mapped), False: iter(self.shared)}
-        return jax.tree.unflatten(self.treedef, [next(pools[flag]) for flag in self.is_mapped])
-
-
-def _split(batch, in_axes) -> _Split:
-    validate_arrays(batch, "batch")
-    leaves, treedef = jax.tree.flatten(batch)
-    axes = []
-    try:
-        # None is a leaf of in_axes (a shared part) but not of the batch (an absent one)
-        jax.tree.map(
-            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))), in_axes, batch,
-            is_leaf=lambda a: a is None,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"`in_axes` {in_axes} is not a prefix of the batch's structure {treedef}.") from error
-    mapped, shared, counts = [], [], []
-    for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(batch), axes, strict=True):
-        if axis is None:
-            shared.append(leaf)
-            continue
-        name = f"batch{jax.tree_util.keystr(path)}"
-        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
-            raise ValueError(f"{name} has shape {jnp.shape(leaf)} and no sample axis {axis}; set in_axes=None for it.")
-        mapped.append(jnp.moveaxis(jnp.asarray(leaf), axis, 0))
-        counts.append((name, mapped[-1].shape[0]))
-    if not counts:
-        raise ValueError("no leaf of the batch has a sample axis; give at least one an integer in `in_axes`.")
-    if len({count for _, count in counts}) > 1:
-        raise ValueError(f"leaves of the batch disagree on the number of samples: {dict(counts)}.")
-    if counts[0][1] == 0:
-        raise ValueError("the batch holds no samples.")
-    return _Split(mapped, shared, tuple(axis is not None for axis in axes), treedef, counts[0][1])
-
-
 class Chunk(NamedTuple):
     """Samples that are solved together."""
 
-    split: _Split
+    split: Split
     mapped: list
     start: Warm
     weight: Any
@@ -252,12 +203,12 @@ class Chunk(NamedTuple):
     def kept(self, oracle: Oracle, samples: Sample):
         """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
         kept = self.weight != 0
-        return kept & _usable(samples) if oracle.on_failure == "drop" else kept
+        return kept & usable(samples) if oracle.on_failure == "drop" else kept
 
 
 @partial(jax.jit, static_argnums=0)
 def _init(oracle, params, batch):
-    split = _split(batch, oracle.in_axes.tree())
+    split = split_batch(batch, oracle.in_axes.tree())
     with _products(oracle):
         return jax.vmap(lambda mapped: oracle.start(params, split.data(mapped)))(split.mapped)
 
@@ -278,7 +229,7 @@ def _validate_params(params) -> None:
 
 def _prepare(oracle, params, batch, warm, sample_weight):
     _validate_params(params)
-    split = _split(batch, oracle.in_axes.tree())
+    split = split_batch(batch, oracle.in_axes.tree())
     for path, leaf in jax.tree_util.tree_leaves_with_path(warm):
         if jnp.shape(leaf)[:1] != (split.count,):
             raise ValueError(
@@ -296,46 +247,16 @@ def _prepare(oracle, params, batch, warm, sample_weight):
     return split, weight / jnp.sum(weight)
 
 
-def _in_chunks(evaluate, size, carry, inputs, weight):
-    """``carry, outs = evaluate(carry, inputs, weight)`` over chunks of ``size`` samples, scanned.
-
-    The last chunk is padded with copies of the last sample, of weight 0.
-    """
-    count = weight.shape[0]
-    if size is None or size >= count:
-        return evaluate(carry, (inputs, weight))
-    pad = -count % size
-
-    def fold(leaf):
-        leaf = jnp.concatenate([leaf, jnp.repeat(leaf[-1:], pad, axis=0)]) if pad else leaf
-        return leaf.reshape((count + pad) // size, size, *leaf.shape[1:])
-
-    weights = jnp.concatenate([weight, jnp.zeros((pad,), weight.dtype)]).reshape(-1, size)
-    carry, outs = jax.lax.scan(evaluate, carry, (jax.tree.map(fold, inputs), weights))
-    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], outs)
-
-
-def over_samples(function):
-    """vmap, but a single sample runs as itself: a batched loop copies its state at each step to freeze samples."""
-
-    def run(*arguments):
-        if jax.tree.leaves(arguments)[0].shape[0] > 1:
-            return jax.vmap(function)(*arguments)
-        single = jax.tree.map(lambda leaf: leaf[0], arguments)
-        return jax.tree.map(lambda leaf: leaf[None], function(*single))
-
-    return run
-
-
-def _named(sample: Sample) -> Sample:
+def named(oracle: Oracle, sample: Sample) -> Sample:
     """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
+    sample = sample.filled(oracle.exact)
     status = jnp.maximum(sample.lower.status, jnp.where(jnp.isfinite(sample.value), 0, Status.NONFINITE)).astype(
         jnp.int32
     )
     return sample._replace(lower=sample.lower._replace(status=status))
 
 
-def _usable(sample: Sample):
+def usable(sample: Sample):
     """Whether a sample's numbers mean anything: not so after NaN, or with an indefinite Hessian in the adjoint."""
     return jnp.maximum(sample.lower.status, sample.adjoint.status) < Status.INDEFINITE
 
@@ -348,9 +269,9 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
         (mapped, start), _ = chunk
         with _products(oracle):
             samples = over_samples(lambda m, w: oracle.sample_value(params, split.data(m), w, tol))(mapped, start)
-        return carry, _named(samples)
+        return carry, named(oracle, samples)
 
-    _, samples = _in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
+    _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
     value, error, bound = _mean_value(oracle, samples, weight)
     return Value(value, error, bound, samples.value, samples.lower, samples.warm)
@@ -358,11 +279,11 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
 
 def _account(oracle, samples: Sample, weight):
     """Samples and weights of the mean: unusable samples are NaN, or (on_failure="drop") leave it."""
-    usable = _usable(samples)
-    samples = samples._replace(value=jnp.where(usable, samples.value, jnp.nan))
+    good = usable(samples)
+    samples = samples._replace(value=jnp.where(good, samples.value, jnp.nan))
     if oracle.on_failure == "nan":
         return samples, weight
-    weight = jnp.where(usable, weight, 0.0)
+    weight = jnp.where(good, weight, 0.0)
     return samples, weight / jnp.sum(weight)
 
 
@@ -401,8 +322,8 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
 
     zero = trees.zeros_like(params)
     total = PullBackPoints(zero, zero if oracle.correct else None, zero if oracle.corrects else None)
-    total, samples = _in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
-    kept = jnp.sum(jnp.where(_usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
+    total, samples = in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
+    kept = jnp.sum(jnp.where(usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
     total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
     samples, weight = _account(oracle, samples, weight)
     value, value_error, value_bound = _mean_value(oracle, samples, weight)
@@ -423,79 +344,6 @@ def _blamed(samples: Sample, fine) -> Sample:
     """A gradient that is not finite though every value is: nobody knows of which sample, so no adjoint is fine."""
     status = jnp.where(fine, samples.adjoint.status, Status.NONFINITE).astype(jnp.int32)
     return samples._replace(adjoint=samples.adjoint._replace(status=status))
-
-
-def _without(kept, leaves, weight):
-    """Other samples replaced by a kept one of weight 0 before anything is differentiated, because 0 * NaN is NaN."""
-    chosen = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
-    return jax.tree.map(lambda leaf: leaf[chosen], leaves), jnp.where(kept, weight, 0.0)
-
-
-def _zero_unless_any(kept, gradients: PullBackPoints) -> PullBackPoints:
-    """A chunk without a kept sample adds nothing."""
-    return jax.tree.map(lambda leaf: jnp.where(jnp.any(kept), leaf, 0.0), gradients)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PullBackOracle(Oracle, abstract=True):
-    """Oracle of a kind that solves for each sample, and then pulls what it found back to the parameters."""
-
-    @abstractmethod
-    def sample(self, params, data, warm: Warm, tol, adjoint_tol) -> tuple[Sample, PullBackPoints]:
-        """Both solves of one sample, and where their pull-back takes place."""
-
-    @abstractmethod
-    def surrogate(self, params, data, point) -> Any:
-        """A scalar whose gradient in params is the hypergradient of one sample, at a point of `sample`."""
-
-    def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
-        solve = over_samples(lambda m, w: self.sample(params, chunk.split.data(m), w, tol, adjoint_tol))
-        samples, points = solve(chunk.mapped, chunk.start)
-        samples, mapped, weight = _named(samples), chunk.mapped, chunk.weight
-        kept = chunk.kept(self, samples)
-        if chunk.may_leave:
-            (mapped, points), weight = _without(kept, (mapped, points), weight)
-
-        def weighted(params, points):
-            values = over_samples(lambda m, point: self.surrogate(params, chunk.split.data(m), point))(mapped, points)
-            return jnp.sum(weight * values)
-
-        found = PullBackPoints(*(None if point is None else jax.grad(weighted)(params, point) for point in points))
-        return _zero_unless_any(kept, found) if chunk.may_leave else found, samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardOracle(Oracle, abstract=True):
-    """Oracle of a kind that differentiates its own forward pass."""
-
-    @abstractmethod
-    def forward(self, params, data, warm: Warm, tol) -> tuple[Any, Sample]:
-        """The loss of one sample, which is differentiated as it is, and what is told of it."""
-
-    def sample_value(self, params, data, warm: Warm, tol) -> Sample:
-        return self.forward(params, data, warm, tol)[1]
-
-    def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
-        def weighted(params, mapped, start, weight):
-            each = over_samples(lambda m, w: self.forward(params, chunk.split.data(m), w, tol))
-            values, samples = each(mapped, start)
-            return jnp.sum(weight * values), samples
-
-        differentiate = jax.grad(weighted, has_aux=True)
-        gradients, samples = differentiate(params, chunk.mapped, chunk.start, chunk.weight)
-        samples = _named(samples)
-        if not chunk.may_leave:
-            return PullBackPoints(gradients), samples
-        kept = chunk.kept(self, samples)
-
-        def again(_):
-            # only the forward pass tells which samples are bad, so they leave in a second pass
-            (mapped, start), weight = _without(kept, (chunk.mapped, chunk.start), chunk.weight)
-            return differentiate(params, mapped, start, weight)[0]
-
-        bad = jnp.any(~kept & ~_usable(samples))
-        gradients = jax.lax.cond(bad, again, lambda gradients: gradients, gradients)
-        return _zero_unless_any(kept, PullBackPoints(gradients)), samples
 
 
 def _gradient_error(oracle, total: PullBackPoints, samples: Sample, weight):

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle import base
 from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, value_errors
+from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.systems import Adjoint, Lower, System
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdjointOracle(base.PullBackOracle, abstract=True):
+class AdjointOracle(PullBackOracle, abstract=True):
     """Oracle of a lower level that is solved, and differentiated by an adjoint system at the solution.
 
     A kind of lower level is a `Lower` with its `System`; everything else is here.
@@ -88,7 +88,7 @@ class AdjointOracle(base.PullBackOracle, abstract=True):
         view = self._view(params, data, warm.x)
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
-        points, left = PullBackPoints(system.point(adjoint)), jnp.zeros_like(adjoint.residual)
+        points, left = PullBackPoints(system.point(adjoint)), None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
             left = newton.residual_ratio
@@ -123,7 +123,6 @@ class AdjointOracle(base.PullBackOracle, abstract=True):
             estimate=rest.estimate,
             bound=bound,
             gradient_bound=jnp.asarray(proven, bound.dtype),
-            residual_ratio=jnp.zeros_like(bound),
             warm=Warm(system.x, adjoint.q),
             lower=info,
             adjoint=adjoint.info._replace(error=view.error_bound(adjoint.info.residual)),

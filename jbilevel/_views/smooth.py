@@ -68,7 +68,7 @@ class SmoothView(View):
         return 1.0 if mu is None else jnp.where(mu > 0, mu, 1.0)
 
     def error_bound(self, residual):
-        """||x - x_hat|| <= ||gradient|| / mu of strongly convex energies (Bogensperger et al. 2024, Lemma 1), else inf."""
+        """||x - x_hat|| <= ||gradient||/mu where mu is known (Bogensperger et al. 2024, Lemma 1), else inf."""
         mu = self.constants.strong_convexity
         if mu is None:
             return jnp.full_like(residual, jnp.inf)

@@ -161,8 +161,8 @@ def variational(
     The saddle form, with R(x) = min_z max_q <L(x, z), q> + a(z) - b*(q) (`SaddleBlocks`), has the primal unknown
     (x, z), or just x where there is no z, and the dual unknown q; an operator is dualised too (Bogensperger et al.
     2024, (33) and (35), with the signs of a maximum of <A x - y, p> - |p|^2/2), and the dual unknown is then (p, q), p
-    as real arrays (..., 2) of real and imaginary parts where measurements are complex. Losses take the pair: ``pair[0]`` is x or
-    (x, z); `image_of` reads x from it, and ``jb.losses`` take ``part=0`` or ``part=(0, 0)``.
+    as real arrays (..., 2) of real and imaginary parts where measurements are complex. Losses take the pair:
+    ``pair[0]`` is x or (x, z); `image_of` reads x from it, and ``jb.losses`` take ``part=0`` or ``part=(0, 0)``.
 
     Raises:
       ValueError: unknown data term or form, a form that R does not have, or an operator whose domain is not known.

@@ -13,7 +13,6 @@ from jbilevel._core.validate import refuse_derivatives, validate_arrays
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
-from jbilevel.solvers.cg import cg as cg
 from jbilevel.solvers.external import External as External
 from jbilevel.solvers.forward_backward import ForwardBackward as ForwardBackward
 from jbilevel.solvers.lbfgs import LBFGS as LBFGS
@@ -21,7 +20,6 @@ from jbilevel.solvers.linear import CG as CG
 from jbilevel.solvers.linear import MINRES as MINRES
 from jbilevel.solvers.linear import LinearSolver as LinearSolver
 from jbilevel.solvers.loop import solve_jitted, start_jitted
-from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG

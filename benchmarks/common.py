@@ -167,7 +167,7 @@ def _squares(count: int | None, folder: str | None, at_least: int = 1) -> list[n
     if folder is None:
         return list(jb.data.photographs(512, LARGE[:count], dtype=np.float64))
     found = jb.data.image_folder(folder, limit=count, dtype=np.float64).images
-    squares = [jb.data.centre_crop(image, min(image.shape[:2])) for image in found]
+    squares = [jb.data.centre_crop(image, min(image.shape[-2:])) for image in found]
     squares = [image for image in squares if image.shape[0] >= at_least]
     if not squares or (count is not None and len(squares) < count):
         raise SystemExit(f"--images: {len(squares)} pictures are large enough, {count or 1} are needed")

@@ -84,8 +84,8 @@ def parted(A, images, sinograms, parts: Sequence, **more) -> Scans:
 
 
 def quality(found, clean, data_range: float) -> dict[str, float]:
-    slices = None if clean.ndim == 3 else 0  # of a volume: the mean over its slices
-    ssim = jax.vmap(partial(jb.metrics.ssim, data_range=data_range, channel_axis=slices))
+    ssim = jax.vmap(partial(jb.metrics.ssim, data_range=data_range))
+    ssim = ssim if clean.ndim == 3 else jax.vmap(ssim)  # of a volume: the mean over its slices
     return {
         "psnr": float(jb.metrics.mean_psnr(found, clean, data_range)),
         "psnr_of_mean_mse": float(jb.metrics.psnr_of_mean_mse(found, clean, data_range)),

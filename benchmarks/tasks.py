@@ -31,7 +31,7 @@ import pictures
 import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for kadagala_report_segmentation
 
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
-RIDGE = jb.regularizers.CRR(channels=(8,), sizes=(5,))
+RIDGE = jb.regularizers.CRR(widths=(8,), sizes=(5,))
 STEPS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (1, 2), (2, 1))  # which differences the filters start as
 WEIGHTS = np.geomspace(0.2, 8, 16)  # of total variation, in units of sigma
 LEARNED = ("HOAG, TV", "HOAG, TV and last layers", "MAID, ridge filters", "Adam, TV with a map of weights")
@@ -71,7 +71,7 @@ class MappedTV:
 
     def smoothness(self, params, data):
         R, weights = self._of(params, data["y"])
-        return 1 + R.bounds(weights).smoothness
+        return 1 + R.bounds(weights, data["y"].shape).smoothness
 
     def problem(self):
         return jb.SmoothProblem(

@@ -45,7 +45,7 @@ def test_climbing_ends_at_the_best_weight(monkeypatch):
 
 
 def test_distances_shrink_and_reconstructions_are_solved():
-    learned = jb.regularizers.LearnedTV(3, 3, "equal", 1e-1, 1e-1, 1e-2)
+    learned = jb.regularizers.LearnedTV(3, 3, dual_curvature=1e-1, auxiliary_curvature=1e-1, width=1e-2)
     params = learned.init(noise=0.0, dtype=jnp.float64)
     distances = bogensperger_2024_tv_discretisation.convergence(learned, params, np.asarray(BATCH["y"][0]), 1000)
     assert distances.shape == (20,) and distances[-1] < 1e-6 < distances[0]

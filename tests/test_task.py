@@ -57,7 +57,7 @@ def tomography():
 
 
 def ridge_filters():
-    R = jb.regularizers.CRR(channels=(2, 3), sizes=(3, 3))
+    R = jb.regularizers.CRR(widths=(2, 3), sizes=(3, 3))
     return jb.variational(None, R), R.init(jax.random.key(0)), BATCH
 
 

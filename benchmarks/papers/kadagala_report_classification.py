@@ -44,7 +44,7 @@ def labelled(args) -> tuple[str, np.ndarray, np.ndarray]:
 
 def shrunk(image, size: int):
     """The grey centre square as means of blocks."""
-    grey = image @ GREY if image.ndim == 3 else image
+    grey = np.tensordot(GREY, image, 1) if image.ndim == 3 else image
     times = min(grey.shape) // size
     return centre_crop(grey, times * size).reshape(size, times, size, times).mean((1, 3))
 
@@ -61,7 +61,7 @@ def make(args, seed: int):
         x, s = images[chosen], labels[chosen]
         return dict(zip(("x", "labels"), (x, s) if name == "digits" else tasks.mirrored(x, s, rng), strict=True))
 
-    net = jb.nets.ResNet(args.depth, classes, inputs=1, width=args.width, stem=args.stem, rngs=nnx.Rngs(seed))
+    net = jb.nets.ResNet(args.depth, classes, channels=1, width=args.width, stem=args.stem, rngs=nnx.Rngs(seed))
     if args.weights:
         jb.nets.load_torch(net, args.weights, skip=("fc.", "conv1."))  # which are for other classes and for colours
     else:

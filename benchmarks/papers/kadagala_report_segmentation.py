@@ -38,9 +38,9 @@ def street_scenes(samples, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Grey means of blocks, and the label of a pixel of each block, of pictures ``height`` pixels high."""
     images, labels = [], []
     for sample in samples:
-        times = sample.image.shape[0] // height
-        shape = (height, times, sample.image.shape[1] // times, times)
-        images.append((sample.image @ GREY).reshape(shape).mean((1, 3)))
+        times = sample.image.shape[1] // height
+        shape = (height, times, sample.image.shape[2] // times, times)
+        images.append(np.tensordot(GREY, sample.image, 1).reshape(shape).mean((1, 3)))
         labels.append(np.asarray(sample.labels, np.int32)[times // 2 :: times, times // 2 :: times])
     return np.stack(images).astype(np.float32), np.stack(labels)
 
@@ -90,7 +90,7 @@ def make(args, seed: int):
     params = tasks.trained(args, network, params, loss, batch, validation, seed)
 
     def score(logits, labels):
-        found = jnp.argmax(logits, -1)
+        found = jnp.argmax(logits, 1)
         dice, pooled = (float(jb.metrics.dice(found, labels, classes, ignore=VOID, pooled=p)) for p in (False, True))
         return {"dice": dice, "pooled_dice": pooled, "iou": float(jb.metrics.iou(found, labels, classes, ignore=VOID))}
 

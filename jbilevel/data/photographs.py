@@ -57,7 +57,7 @@ def photographs(size: int = 128, names: Sequence[str] = PHOTOGRAPHS, dtype=np.fl
 
 
 def centre_crop(image: np.ndarray, size: int, name: str = "the image") -> np.ndarray:
-    """The ``size`` x ``size`` pixels at the centre of an image (height, width, ...), as a view; where a margin is odd,
+    """The ``size`` x ``size`` pixels at the centre of an image (..., height, width), as a view; where a margin is odd,
     its larger half is cut off at the bottom or the right.
 
     Raises:
@@ -69,20 +69,20 @@ def centre_crop(image: np.ndarray, size: int, name: str = "the image") -> np.nda
     """
     height, width = _checked_extent(image, size, name)
     top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    return image[..., top : top + size, left : left + size]
 
 
 def crops(image: np.ndarray, size: int, n: int, rng: np.random.Generator | int) -> np.ndarray:
     """``n`` independent ``size`` x ``size`` crops of an image, each position equally likely.
 
     Args:
-        image: array (height, width) or (height, width, channels).
+        image: array (height, width) or (channels, height, width).
         size: side of the crops in pixels.
         n: how many, at least 1; crops may overlap or coincide.
         rng: NumPy generator, which is advanced, or an integer seed.
 
     Returns:
-        Array of shape (n, size, size) or (n, size, size, channels), of the dtype of ``image``.
+        Array of shape (n, size, size) or (n, channels, size, size), of the dtype of ``image``.
 
     Raises:
         ValueError: ``size`` or ``n`` is not positive, or the image is smaller than ``size``.
@@ -95,16 +95,16 @@ def crops(image: np.ndarray, size: int, n: int, rng: np.random.Generator | int) 
         raise ValueError(f"`n` is {n}: ask for at least one crop.")
     rng = np.random.default_rng(rng)
     tops, lefts = rng.integers(height - size + 1, size=n), rng.integers(width - size + 1, size=n)
-    return np.stack([image[i : i + size, j : j + size] for i, j in zip(tops, lefts, strict=True)])
+    return np.stack([image[..., i : i + size, j : j + size] for i, j in zip(tops, lefts, strict=True)])
 
 
 def _checked_extent(image, size, name):
     shape = np.shape(image)
     if size < 1:
         raise ValueError(f"`size` is {size}: give a positive number of pixels.")
-    if len(shape) < 2 or min(shape[:2]) < size:
+    if len(shape) < 2 or min(shape[-2:]) < size:
         raise ValueError(f"`size` is {size}, but {name} has shape {shape}: choose a smaller size or leave it out.")
-    return shape[:2]
+    return shape[-2:]
 
 
 def _grey_photograph(name):

@@ -1,4 +1,4 @@
-"""Regularisers R: ``init(key)``, ``R(params, x)``, ``bounds(params)``, ``saddle(params)`` where they exist."""
+"""Regularisers R: ``init(key)``, ``R(params, x)``, ``bounds(params, shape)``, ``saddle(params)`` where they exist."""
 
 from jbilevel.regularizers.foe import FoE as FoE
 from jbilevel.regularizers.icnn import ICNN as ICNN

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import jax
+import numpy as np
+
 from jbilevel._core.constants import Constants
 from jbilevel._core.contracts import Contract
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
@@ -38,11 +41,17 @@ class Regularizer(Contract, abstract=True):
 
     @abstractmethod
     def init(self, key=None) -> Any:
-        """Parameters to start from, at a reasonable strength for images in [0, 1]; key: of `jax.random`."""
+        """Parameters to start from, at a reasonable strength for images in [0, 1].
+
+        ``key`` is for what is drawn at random; None stands for `jax.random.key(0)`. Options are keyword-only.
+        """
 
     @abstractmethod
     def __call__(self, params: Any, x: Any) -> Any:
-        """The energy R(params, x), a scalar, for x of shape (H, W)."""
+        """The energy R(params, x), a scalar of the dtype of x, for one image x; other shapes are refused.
+
+        x is (H, W), or (C, H, W) for a regulariser that was made with ``channels=C``.
+        """
 
     def bounds(self, params: Any, shape: tuple[int, ...]) -> Constants:
         """Proven `Constants` of the energy at params, for images of this shape; None where nothing is known."""
@@ -63,3 +72,19 @@ class Regularizer(Contract, abstract=True):
     def bounded(self) -> bool:
         """Whether `bounds` knows anything."""
         return type(self).bounds is not Regularizer.bounds
+
+
+def require_theta(name: str, params, shape: tuple[int, ...]) -> None:
+    """params must be one array of that shape.
+
+    Raises:
+      ValueError: they are not; it names the regulariser.
+    """
+    found = type(params).__name__ if isinstance(params, dict) else np.shape(params)
+    if found != shape:
+        raise ValueError(f"params of {name} must have shape {shape}, got {found}; see its init.")
+
+
+def given_key(key):
+    """The key of a caller, `jax.random.key(0)` for None."""
+    return jax.random.key(0) if key is None else key

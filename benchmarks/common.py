@@ -20,7 +20,6 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -380,8 +379,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = {"python": platform.python_version(), "jbilevel": project["version"]}
+    found = {"python": platform.python_version(), "jbilevel": jb.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -13,7 +13,7 @@ import numpy as np
 
 import jbilevel as jb
 from jbilevel import image_of
-from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
+from jbilevel.data.scikit_image import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:

@@ -14,6 +14,8 @@ from jbilevel._core.contracts import Contract
 from jbilevel._core.results import StepInfo
 from jbilevel._method.base import Method, MethodState
 
+__all__ = ["Alternating", "AlternatingState", "Batches"]
+
 
 class Batches(Contract, abstract=True):
     """How a batch reaches the two methods of `Alternating`: a frozen dataclass with the two functions below."""
@@ -128,3 +130,7 @@ def _joined(warm, reconstruction: MethodState, task: MethodState) -> Alternating
         reconstruction=replace(reconstruction, warm=None),
         task=task,
     )
+
+
+def __dir__():
+    return __all__

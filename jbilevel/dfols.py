@@ -19,6 +19,8 @@ from jax.flatten_util import ravel_pytree
 from jbilevel._method.base import require_oracle
 from jbilevel.training import FitResult, FitStatus
 
+__all__ = ["minimise"]
+
 LARGEST = 50  # parameters; a quadratic model of more needs more evaluations than anybody would wait for
 
 
@@ -177,3 +179,7 @@ def _check(start, budget, tol, radius) -> None:
     for name, value in (("budget", budget), ("tol", tol), ("radius", radius)):
         if not value > 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def __dir__():
+    return __all__

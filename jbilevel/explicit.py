@@ -13,6 +13,8 @@ from jbilevel._core.validate import require_function, trace_scalar
 from jbilevel._oracle.base import Sample
 from jbilevel._oracle.kinds import ForwardOracle
 
+__all__ = ["Oracle"]
+
 
 @dataclass(frozen=True)
 class Oracle(ForwardOracle):
@@ -59,3 +61,7 @@ class Oracle(ForwardOracle):
         lower = SolveInfo.exact(seen)
         adjoint = lower._replace(status=jnp.zeros_like(lower.status), evaluations=Work.zero())
         return value, Sample(value=seen, warm=warm, lower=lower, adjoint=adjoint)
+
+
+def __dir__():
+    return __all__

@@ -14,6 +14,8 @@ from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState
 
+__all__ = ["Average", "FirstOrder", "FirstOrderState"]
+
 
 class FirstOrderState(MethodState):
     optimizer: Any  # optax state
@@ -88,3 +90,7 @@ class FirstOrder(Method):
             average = Average(*optax.ema(decay).update(params, average.memory))
         following = replace(state, params=params, warm=hg.warm, optimizer=optimizer, average=average)
         return following, self.report(hg, state, step=optax.tree.norm(updates))
+
+
+def __dir__():
+    return __all__

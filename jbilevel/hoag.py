@@ -15,6 +15,8 @@ from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState
 
+__all__ = ["HOAG", "HOAGState", "SCHEDULES"]
+
 # accuracy at step k = 1, 2, ... relative to the first
 SCHEDULES = {
     "exponential": lambda k: 0.9 ** (k - 1),
@@ -147,3 +149,7 @@ class HOAG(Method):
             return jnp.asarray(self.step_size)
         slope = trees.norm(grad)
         return trees.size(params) ** 0.5 / jnp.where(slope > 0, slope, 1.0)
+
+
+def __dir__():
+    return __all__

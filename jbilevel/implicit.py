@@ -185,3 +185,7 @@ def _pull_back(spec: Spec, params, data, x, q):
 
 
 _argmin.defvjp(_argmin_forward, _argmin_backward)
+
+
+def __dir__():
+    return __all__

@@ -11,6 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "Adversarial",
+    "DenoisingScore",
+    "ImageLoss",
+    "Segmentation",
+    "charbonnier",
+    "cross_entropy",
+    "dice",
+    "huber",
+    "iou",
+    "log_cosh_dice",
+    "squared_error",
+]
+
 
 @dataclass(frozen=True)
 class ImageLoss:
@@ -392,3 +406,7 @@ def _positive(name, value):
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` is {value}: give a positive finite number.")
     return value
+
+
+def __dir__():
+    return __all__

@@ -15,6 +15,8 @@ from jbilevel._core.results import Hypergradient, Status, StepInfo, Value
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState
 
+__all__ = ["MAID", "MAIDState"]
+
 
 class MAIDState(MethodState):
     """tol, adjoint_tol: eps and delta of Salehi et al. (2024)."""
@@ -276,3 +278,7 @@ class MAID(Method):
 def _require(condition: bool, name: str, what: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` of MAID must be {what}.")
+
+
+def __dir__():
+    return __all__

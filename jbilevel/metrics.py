@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["dice", "iou", "mean_psnr", "psnr", "psnr_of_mean_mse", "ssim", "top_k"]
+
 # Wang et al. 2004: Gaussian of standard deviation 1.5 cut at 3.5 of them (radius 5, 11 taps) and the two stabilisers.
 _SIGMA, _RADIUS, _K1, _K2 = 1.5, 5, 0.01, 0.03
 _WINDOW = 2 * _RADIUS + 1
@@ -292,3 +294,7 @@ def _mse_per_image(xs, references):
 def _decibels(mse, data_range):
     # A difference of logarithms: the quotient would overflow before the mean squared error vanishes.
     return 20 * jnp.log10(data_range) - 10 * jnp.log10(mse)
+
+
+def __dir__():
+    return __all__

@@ -15,6 +15,8 @@ from jbilevel._core.results import Hypergradient, Status, StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState
 
+__all__ = ["NBA", "NBAState", "SEARCHES", "stationarity"]
+
 SEARCHES = ("line", "trust-region")
 # trust region: fraction of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow
 ACCEPT, POOR, GOOD = 1e-2, 0.25, 0.75
@@ -309,3 +311,7 @@ def _least_on_simplex(gram):
     start = jnp.full((count,), 1.0 / count, gram.dtype)
     first = (start, start, jnp.ones((), gram.dtype), start @ gram @ start)
     return jax.lax.fori_loop(0, SIMPLEX_STEPS, move, first)[3]
+
+
+def __dir__():
+    return __all__

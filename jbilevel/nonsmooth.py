@@ -120,3 +120,7 @@ def argmin(
     _require(problem, solver, "jb.nonsmooth.argmin")
     lower = SupportLower(problem, solver, max_steps, Policy(biactive, biactive_tol, damping), max_products)
     return solution_map(once, Spec(lower, on_failure), with_info)
+
+
+def __dir__():
+    return __all__

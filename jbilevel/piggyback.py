@@ -99,3 +99,7 @@ def saddle_point(
     solver = PDHG() if solver is None else solver
     _require(problem, solver, "jb.piggyback.saddle_point", "see jb.implicit.argmin")
     return solution_map(once, Spec(SaddleLower(problem, solver, max_steps, max_adjoint_steps), on_failure), with_info)
+
+
+def __dir__():
+    return __all__

@@ -17,6 +17,27 @@ import numpy as np
 
 from jbilevel._core import trees
 
+__all__ = [
+    "ball",
+    "box",
+    "check_prox",
+    "conjugate",
+    "divided",
+    "group",
+    "huber",
+    "huber_conjugate",
+    "root",
+    "root_conjugate",
+    "same_output",
+    "smoothed_relu",
+    "smoothed_relu_conjugate",
+    "smoothed_relu_epigraph",
+    "soft",
+    "squared_distance",
+    "squared_distance_conjugate",
+    "times",
+]
+
 FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
 HALLEY_STEPS = 3
 NEWTON_STEPS = 6  # to rounding, from the right of the root of a convex increasing cubic
@@ -302,3 +323,7 @@ def same_output(out, v, name: str) -> None:
             raise TypeError(
                 f"{name} must return the dtype {jnp.result_type(b)}{where and f' at {where}'}, got {a.dtype}."
             )
+
+
+def __dir__():
+    return __all__

@@ -29,6 +29,8 @@ from jbilevel.problems.base import Problem
 from jbilevel.solvers import solve
 from jbilevel.training import FitResult, fit
 
+__all__ = ["FROZEN", "Pipeline", "TaskAdapted", "rates", "reconstruct", "task_adapted"]
+
 FROZEN = "frozen"  # where the leaves of the network that do not learn are in a batch
 
 
@@ -396,3 +398,7 @@ def _with_frozen(batch, frozen):
     if FROZEN in batch:
         raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
     return dict(batch) | {FROZEN: frozen}
+
+
+def __dir__():
+    return __all__

@@ -19,6 +19,8 @@ from jbilevel._training.checkpoint import Checkpoint
 from jbilevel._training.log import Progress
 from jbilevel._training.stepping import Run, Stepper
 
+__all__ = ["FitResult", "FitStatus", "Validation", "fit"]
+
 BEST = "best parameters of jbilevel.Validation"
 
 
@@ -273,3 +275,7 @@ class Validation:
             self.params, _ = io.load(self.path, like)
             self.value, self.step = meta["value"], meta["step"]
             self.history = [(int(s), v) for s, v in meta["history"] if s < step]
+
+
+def __dir__():
+    return __all__

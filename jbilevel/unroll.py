@@ -164,3 +164,7 @@ class OneStep(AdjointOracle):
         if self.step is None and self.problem.view(params, data).constants.smoothness is None:
             raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
         return super().sample(params, data, warm, tol, adjoint_tol)
+
+
+def __dir__():
+    return __all__

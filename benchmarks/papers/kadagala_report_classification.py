@@ -17,7 +17,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jbilevel as jb
 from benchmarks import tasks
-from jbilevel.data.photographs import centre_crop
+from jbilevel.data.scikit_image import centre_crop
 
 NAME = "kadagala_report_classification"
 TITLE = "Kadagala (report): classification behind a learned denoiser"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .photographs import centre_crop
 from .pictures import read_picture
 from .samples import MAX_PIXELS, check_limit
+from .scikit_image import centre_crop
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 

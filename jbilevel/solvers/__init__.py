@@ -24,6 +24,22 @@ from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
 
+__all__ = [
+    "AGD",
+    "CG",
+    "External",
+    "ForwardBackward",
+    "GradientDescent",
+    "LBFGS",
+    "LinearSolver",
+    "MINRES",
+    "NewtonCG",
+    "NonmonotoneAPG",
+    "Optax",
+    "PDHG",
+    "solve",
+]
+
 
 def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
     """Solve one sample's lower-level problem, x_hat = argmin_x energy(params, x, data), or a saddle point (x, y).
@@ -86,3 +102,7 @@ def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 3):
                 stacklevel=stacklevel,
             )
     return jnp.asarray(tol, trees.dtype(x))
+
+
+def __dir__():
+    return __all__

@@ -139,7 +139,7 @@ def unet():
 def resnet(depth: int):
     from flax import nnx
 
-    return jb.nets.ResNet(depth, 3, width=4, inputs=1, rngs=nnx.Rngs(0))
+    return jb.nets.ResNet(depth, 3, width=4, channels=1, rngs=nnx.Rngs(0))
 
 
 def convnet():

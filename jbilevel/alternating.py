@@ -17,7 +17,7 @@ from jbilevel._method.base import Method, MethodState
 __all__ = ["Alternating", "AlternatingState", "Batches"]
 
 
-class Batches(Contract, abstract=True):
+class Batches(Contract, abstract="Batches"):
     """How a batch reaches the two methods of `Alternating`: a frozen dataclass with the two functions below."""
 
     @abstractmethod

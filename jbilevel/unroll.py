@@ -64,6 +64,9 @@ class Oracle(ForwardOracle):
         if self.truncate is not None and not 1 <= self.truncate <= self.steps:
             raise ValueError(f"`truncate` must lie between 1 and steps={self.steps}, got {self.truncate}.")
 
+    def check(self, params) -> None:
+        self.problem.check(params)
+
     def missing(self, certified: bool) -> str | None:
         if certified:
             return "another oracle (an unrolled solver has no proven bounds)"

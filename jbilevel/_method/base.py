@@ -68,7 +68,7 @@ class MethodState(_State):
 
 
 @dataclass(frozen=True, repr=False)
-class Method(Contract, abstract=True):
+class Method(Contract, abstract="jb.Method"):
     """What moves params, step by step, by what an oracle tells it; `jb.fit` runs it.
 
     A method is static configuration, a frozen dataclass: it hashes and compares by value, so that its step compiles

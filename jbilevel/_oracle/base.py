@@ -64,7 +64,7 @@ class PullBackPoints(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Oracle(Contract, abstract=True):
+class Oracle(Contract, abstract="jb.Oracle"):
     """Turns (params, batch, warm start, accuracies) into the value and the hypergradient of a batch, with their errors.
 
     An oracle is static configuration (a frozen dataclass). What is done for ONE sample is supplied by a kind of oracle:

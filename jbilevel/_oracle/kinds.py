@@ -26,7 +26,7 @@ def _zero_unless_any(kept, gradients: PullBackPoints) -> PullBackPoints:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PullBackOracle(Oracle, abstract=True):
+class PullBackOracle(Oracle, abstract="jb.PullBackOracle"):
     """Oracle of a kind that solves for each sample, and then pulls what it found back to the parameters."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class PullBackOracle(Oracle, abstract=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardOracle(Oracle, abstract=True):
+class ForwardOracle(Oracle, abstract="jb.ForwardOracle"):
     """Oracle of a kind that differentiates its own forward pass."""
 
     @abstractmethod

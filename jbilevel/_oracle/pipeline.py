@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdjointOracle(PullBackOracle, abstract=True):
+class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     """Oracle of a lower level that is solved, and differentiated by an adjoint system at the solution.
 
     A kind of lower level is a `Lower` with its `System`; everything else is here.
@@ -58,6 +58,9 @@ class AdjointOracle(PullBackOracle, abstract=True):
 
     def without_estimate(self) -> AdjointOracle:
         return replace(self, estimate=False)
+
+    def check(self, params) -> None:
+        self.problem.check(params)
 
     def missing(self, certified: bool) -> str | None:
         if not certified:

@@ -36,7 +36,7 @@ class Correction(NamedTuple):
     evaluations: Work
 
 
-class System(Contract, abstract=True):
+class System(Contract, abstract="System"):
     """The optimality system of a lower level, linearised at a computed solution ``x``."""
 
     x: Any
@@ -84,7 +84,7 @@ class System(Contract, abstract=True):
 
 
 @dataclass(frozen=True)
-class Lower(Contract, abstract=True):
+class Lower(Contract, abstract="Lower"):
     """A lower-level problem with the solver and the settings by which it is solved and differentiated."""
 
     problem: Problem

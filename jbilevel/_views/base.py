@@ -8,7 +8,7 @@ from typing import Any
 from jbilevel._core.contracts import Contract
 
 
-class View(Contract, abstract=True):
+class View(Contract, abstract="jb.View"):
     """A problem at fixed params and data, as solvers use it.
 
     What else a view offers belongs to its kind: `SmoothView` an energy with its gradient, Hessian products and

@@ -25,7 +25,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxtuple = 4
 
 
-class LinearOperator(Contract, abstract=True):
+class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
     """A linear map A between spaces of real or complex arrays of fixed shapes, with its exact transpose.
 
     ``A(x)`` and ``A.T(y)`` take arrays whose *last* axes are ``in_shape`` or ``out_shape``; axes before those are batch
@@ -157,7 +157,7 @@ class LinearOperator(Contract, abstract=True):
     __rmul__ = __mul__
 
 
-class Composite(LinearOperator, abstract=True):
+class Composite(LinearOperator, abstract="Composite"):
     """An operator made of others: it supplies `map` in place of `forward` and `transpose`."""
 
     @abstractmethod
@@ -262,7 +262,7 @@ class Transpose(Composite):
         return self.operator.norm(tol)
 
 
-class _Like(Composite, abstract=True):
+class _Like(Composite, abstract="_Like"):
     """An operator with the shapes, kinds and exactness of another one."""
 
     operator: LinearOperator

@@ -19,7 +19,7 @@ from jbilevel.operators.fbp import FBP, Interpolation, Reconstruction, spacings
 from jbilevel.operators.joseph import Group, Joseph, hat
 
 
-class XRay(Composite, abstract=True):
+class XRay(Composite, abstract="XRay"):
     """What the X-ray transforms have in common; a subclass says where its rays run.
 
     It has the fields ``in_shape``, ``angles``, ``n_detectors``, and the pair of maps ``_kernel`` of the views that
@@ -84,7 +84,7 @@ class XRay(Composite, abstract=True):
         """The two groups of all m subsets: the leading axis counts the subsets."""
 
 
-class PlaneXRay(XRay, abstract=True):
+class PlaneXRay(XRay, abstract="PlaneXRay"):
     """An X-ray transform of an image, as a function of its rays."""
 
     @abstractmethod

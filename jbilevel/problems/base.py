@@ -12,7 +12,7 @@ from jbilevel._views.base import View
 from jbilevel.solvers.base import Solver
 
 
-class Problem(Contract, abstract=True):
+class Problem(Contract, abstract="jb.Problem"):
     """A lower-level problem: what is solved for x_hat(params, data), for ONE sample.
 
     A problem is static (a frozen dataclass of functions: it hashes, and compares by value, so that solvers compile

@@ -13,7 +13,7 @@ from jbilevel._core.contracts import Contract
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 
-class Regularizer(Contract, abstract=True):
+class Regularizer(Contract, abstract="jb.Regularizer"):
     """R(params, x) of one image, summed over its pixels, from which `jb.variational` builds problems.
 
     A regulariser is static (a frozen dataclass of settings); its parameters are a pytree that `init` makes. It must

@@ -9,7 +9,7 @@ from jbilevel._core.contracts import Contract
 from jbilevel._core.results import RUNNING
 
 
-class Solver(Contract, abstract=True):
+class Solver(Contract, abstract="jb.Solver"):
     """An iteration that lowers a residual; the driver loop (`jbilevel.solvers.loop`) decides when it ends and how.
 
     A solver is static configuration (a frozen dataclass). Its state, a pytree, has at least the fields of

@@ -12,7 +12,7 @@ from jbilevel.solvers.cg import cg
 from jbilevel.solvers.minres import minres
 
 
-class LinearSolver(Contract, abstract=True):
+class LinearSolver(Contract, abstract="jb.solvers.LinearSolver"):
     """Solves H q = b for a symmetric H that is given by its product with a vector.
 
     Attributes:

@@ -19,7 +19,7 @@ from jbilevel._core.constants import Constants
 class Norms(NamedTuple):
     """2-norms of the blocks of an inexact solution, its adjoint, the adjoint's residual, and proven distances."""
 
-    point: tuple
+    point: tuple  # of a saddle point only
     adjoint: tuple
     residual: tuple
     error: tuple
@@ -108,6 +108,8 @@ def value_errors(blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift
 
 
 def _times(size, error):
+    if isinstance(size, (int, float)):
+        return size * error if size else 0.0
     size = jnp.asarray(size, error.dtype)
     return jnp.where(size == 0, 0.0, size * error)
 

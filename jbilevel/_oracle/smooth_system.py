@@ -103,7 +103,7 @@ class SmoothSystem(System):
         return (jnp.minimum(estimate, proven),), newton.steps
 
     def norms(self, adjoint: Adjoint, error) -> Norms:
-        return Norms((trees.norm(self.x),), (trees.norm(adjoint.q),), (adjoint.residual,), (error,))
+        return Norms((), (trees.norm(adjoint.q),), (adjoint.residual,), (error,))
 
     def shift(self, adjoint: Adjoint):
         return trees.dot(adjoint.q, self.gradient)

@@ -102,7 +102,10 @@ class SupportSystem(SmoothSystem):
         return Adjoint(q, info.residual, info, SupportView(self.whole, sets.active, extra, sets.direction))
 
     def at_adjoint(self, adjoint: Adjoint) -> SupportSystem:
-        support = adjoint.parts
+        return self.on(adjoint.parts)
+
+    def on(self, support: SupportView) -> SupportSystem:
+        """The system on a support that was chosen."""
         energy, gradient, product = support.assemble(self.x, *self.linearized)
         residual = trees.norm(gradient)
         return replace(self, view=support, energy=energy, gradient=gradient, product=product, residual=residual)
@@ -166,26 +169,32 @@ class SupportLower(Lower):
     max_products: int
 
     def solve(self, view, x0, tol):
-        solution = self.run(view, x0, tol)
-        info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
-        return self.restore(view, solution.x, 1 / solution.state.smoothness), info
+        system, info = self._solve(view, x0, tol)
+        return system.on(system.view), info
 
     def solve_both(self, view, loss_gradient_at, warm, tol, adjoint_tol):
-        system, info, adjoint = super().solve_both(view, loss_gradient_at, warm, tol, adjoint_tol)
-        return replace(system.at_adjoint(adjoint), solved=info.residual), info, adjoint
+        system, info = self._solve(view, warm.x, tol)
+        adjoint = system.adjoint(loss_gradient_at(system.x), warm.adjoint, adjoint_tol)
+        return system.at_adjoint(adjoint), info, adjoint
+
+    def _solve(self, view, x0, tol):
+        solution = self.run(view, x0, tol)
+        info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
+        return replace(self.restore(view, solution.x, 1 / solution.state.smoothness), solved=info.residual), info
 
     def restore(self, view: WeightedL1View, x, kept) -> SupportSystem:
+        """Not yet on any support: where `index_sets` is sure, all others are still."""
         linearized = view.smooth.linearize(x)
         sets = view.index_sets(x, linearized[1], kept, 0.0)
         still = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
-        energy, gradient, product = still.assemble(x, *linearized)
+        energy, gradient, product = linearized
         return SupportSystem(
             view=still,
             x=x,
             energy=energy,
             gradient=gradient,
             product=product,
-            residual=trees.norm(gradient),
+            residual=None,
             linear_solver=CG(),
             max_products=self.max_products,
             whole=view,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +90,9 @@ def value_errors(blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift
 
     def rest(smoothness, first, curved, errors):
         """sum of first eps + (smoothness + curved) eps^2/2, where 0 * inf is 0."""
-        linear = sum(_times(a, e) for a, e in zip(first, errors, strict=True))
+        linear = reduce(add, (_times(a, e) for a, e in zip(first, errors, strict=True)))
         rows = zip(blocks.seen, curved, errors, strict=True)
-        return linear + 0.5 * sum(_times((smoothness if seen else 0.0) + b, e**2) for seen, b, e in rows)
+        return linear + 0.5 * reduce(add, (_times((smoothness if seen else 0.0) + b, e**2) for seen, b, e in rows))
 
     none = (0.0,) * len(blocks.seen)
     estimate = rest(1.0 if loss_smoothness is None else loss_smoothness, norms.residual, none, likely)

@@ -170,7 +170,9 @@ class SupportLower(Lower):
 
     def solve(self, view, x0, tol):
         system, info = self._solve(view, x0, tol)
-        return system.on(system.view), info
+        sets = view.index_sets(system.x, system.linearized[1], system.step, 0.0)
+        still = jax.tree.map(jnp.zeros_like, sets.active)
+        return system.on(SupportView(view, sets.active, still, sets.direction)), info
 
     def solve_both(self, view, loss_gradient_at, warm, tol, adjoint_tol):
         system, info = self._solve(view, warm.x, tol)
@@ -183,13 +185,11 @@ class SupportLower(Lower):
         return replace(self.restore(view, solution.x, 1 / solution.state.smoothness), solved=info.residual), info
 
     def restore(self, view: WeightedL1View, x, kept) -> SupportSystem:
-        """Not yet on any support: where `index_sets` is sure, all others are still."""
+        """Not yet on a support."""
         linearized = view.smooth.linearize(x)
-        sets = view.index_sets(x, linearized[1], kept, 0.0)
-        still = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
         energy, gradient, product = linearized
         return SupportSystem(
-            view=still,
+            view=None,
             x=x,
             energy=energy,
             gradient=gradient,

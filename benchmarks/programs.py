@@ -235,7 +235,7 @@ def stepped(method: Callable, dtype: str) -> Program:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(jb.alternating.Batches):
     """A task with two parameters on the reconstruction: which pixels are bright? Those at rest come with the data."""
 
     def __call__(self, params, x, data):
@@ -246,10 +246,10 @@ class Threshold:
         still = jax.tree.map(lambda _: None, task)
         return self({"task": task}, data["x"], {"task": still, "labels": data["labels"]})
 
-    def seen(self, x, batch):
+    def of_task(self, x, batch):
         return {"x": x, "labels": batch["labels"]}
 
-    def rest(self, task, batch):
+    def of_reconstruction(self, task, batch):
         return batch | {"task": task}
 
 
@@ -271,7 +271,7 @@ def alternated(dtype: str) -> Program:
     axes = {"x": 0, "y": 0, "labels": 0, "task": None}
     joint = Implicit(problem, task, in_axes=axes, chunk=None)
     network = jb.FirstOrder(jb.explicit.Oracle(task.on_pictures), optax.adam(1e-2))
-    method = jb.alternating.Alternating(joint, jb.FirstOrder(joint, optax.adam(1e-2)), network, task)
+    method = jb.alternating.Alternating(joint, jb.FirstOrder(joint, optax.adam(1e-2)), network, batches=task)
     parts = {"slope": jnp.ones((), dtype), "bias": jnp.zeros((), dtype)}
     params = {"regularizer": setting.params, "task": parts}
     batch = setting.batch | {

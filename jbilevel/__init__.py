@@ -37,6 +37,7 @@ from jbilevel._oracle.base import Sample as Sample
 from jbilevel._oracle.kinds import ForwardOracle as ForwardOracle
 from jbilevel._oracle.kinds import PullBackOracle as PullBackOracle
 from jbilevel._oracle.pipeline import AdjointOracle as AdjointOracle
+from jbilevel._views.base import Problem as Problem
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView
 from jbilevel._views.smooth import SmoothView as SmoothView
@@ -45,7 +46,6 @@ from jbilevel.first_order import FirstOrder as FirstOrder
 from jbilevel.hoag import HOAG as HOAG
 from jbilevel.maid import MAID as MAID
 from jbilevel.nba import NBA as NBA
-from jbilevel.problems.base import Problem as Problem
 from jbilevel.problems.saddle import SaddleProblem as SaddleProblem
 from jbilevel.problems.saddle import image_of as image_of
 from jbilevel.problems.smooth import SmoothProblem as SmoothProblem

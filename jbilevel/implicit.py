@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -19,12 +18,10 @@ from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
 from jbilevel._oracle.solution import ADJOINT, LOWER, Spec, as_cotangents, constant, leaf_gradients, solution_map
+from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
 from jbilevel.solvers.linear import CG, LinearSolver
 from jbilevel.solvers.loop import full_float32
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
 
 __all__ = ["Oracle", "argmin"]
 

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jbilevel._core import trees
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.solution import Spec, once, solution_map
 from jbilevel._oracle.support_system import BIACTIVE, Policy, SupportLower
+from jbilevel._views.base import Problem
 from jbilevel._views.weighted_l1 import WeightedL1View
 from jbilevel.solvers.forward_backward import ForwardBackward
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
-    from jbilevel.problems.weighted_l1 import WeightedL1Problem
 
 __all__ = ["BIACTIVE", "Oracle", "argmin", "residual"]
 
 
-def residual(problem: WeightedL1Problem, params, x, data, *, step):
+def residual(problem: Problem, params, x, data, *, step):
     """The forward-backward residual (x - prox_{step G}(x - step grad F(x)))/step: zero at x_hat and nowhere else.
 
     ``step`` should be less than 1/L (Villacís 2025, where it is gamma).

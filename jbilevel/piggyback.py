@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.saddle_system import SaddleLower
 from jbilevel._oracle.simultaneous import SimultaneousLower
 from jbilevel._oracle.solution import Spec, once, solution_map
+from jbilevel._views.base import Problem
 from jbilevel._views.saddle import SaddleView
 from jbilevel.solvers.pdhg import PDHG
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
 
 __all__ = ["MODES", "Oracle", "saddle_point"]
 

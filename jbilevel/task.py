@@ -22,10 +22,10 @@ from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
 from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
 from jbilevel._training.batches import is_changing, mapped
+from jbilevel._views.base import Problem
 from jbilevel.alternating import Alternating, Batches
 from jbilevel.first_order import FirstOrder
 from jbilevel.maid import MAID
-from jbilevel.problems.base import Problem
 from jbilevel.solvers import solve
 from jbilevel.training import FitResult, fit
 

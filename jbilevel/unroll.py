@@ -5,26 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
 from jbilevel._oracle.base import Sample, require_view
 from jbilevel._oracle.kinds import ForwardOracle
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
+from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
 from jbilevel.solvers.agd import AGD
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.linear import LinearSolver
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
 
 __all__ = ["OneStep", "Oracle"]
 
@@ -57,7 +53,7 @@ class Oracle(ForwardOracle):
     def __post_init__(self):
         super().__post_init__()
         require_function(self.loss, "loss")
-        if not isinstance(self.problem, Contract):
+        if not isinstance(self.problem, Problem):
             raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(self.problem).__name__}.")
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")

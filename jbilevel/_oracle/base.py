@@ -22,6 +22,7 @@ from jbilevel._core.validate import refuse_derivatives, require_hashable, valida
 from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
 from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining
+from jbilevel._views.base import Problem
 from jbilevel.solvers import require_tolerance
 
 FAILURES = ("nan", "drop")
@@ -186,7 +187,7 @@ class Oracle(Contract, abstract="jb.Oracle"):
 
 def require_view(problem, view_type: type, name: str, wanted: str, instead: str) -> None:
     """TypeError unless ``problem`` is one whose view is of this kind, as that of a ``wanted`` is."""
-    if not isinstance(problem, Contract) or not issubclass(problem.view_type, view_type):
+    if not isinstance(problem, Problem) or not issubclass(problem.view_type, view_type):
         kind = type(problem).__name__
         raise TypeError(f"{name} needs a {wanted}, got {kind}; {instead}.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.systems import Adjoint, Lower, System
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
+from jbilevel._views.base import Problem
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Work
 from jbilevel._oracle.bounds import Blocks, Norms
+from jbilevel._views.base import Problem
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import Solution, run
-
-if TYPE_CHECKING:
-    from jbilevel.problems.base import Problem
 
 
 class Adjoint(NamedTuple):

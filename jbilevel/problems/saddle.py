@@ -15,8 +15,8 @@ from jbilevel import piggyback, prox
 from jbilevel._core import trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._core.validate import as_start, no_closed_over_tracer, require_hashable, start_shapes
+from jbilevel._views.base import Problem
 from jbilevel._views.saddle import POWER_SAFETY, SaddleView, apart, power_norm, random_like
-from jbilevel.problems.base import Problem
 from jbilevel.solvers.pdhg import PDHG
 
 Number = float | Callable[[Any, Any], Any]

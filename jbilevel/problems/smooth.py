@@ -20,8 +20,8 @@ from jbilevel._core.validate import (
     start_shapes,
     trace_scalar,
 )
+from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
-from jbilevel.problems.base import Problem
 from jbilevel.solvers.newton import NewtonCG
 
 # below, an image stays in the processor's cache and float32 gains little

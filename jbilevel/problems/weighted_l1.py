@@ -21,9 +21,9 @@ from jbilevel._core.validate import (
     trace_scalar,
     validate_arrays,
 )
+from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
 from jbilevel._views.weighted_l1 import Penalty, WeightedL1View
-from jbilevel.problems.base import Problem
 from jbilevel.solvers.forward_backward import ForwardBackward
 
 

@@ -178,7 +178,7 @@ def _argmin_backward(spec: Spec, kept, cotangents):
 @full_float32
 def _pull_back(spec: Spec, params, data, x, q):
     """-<d grad_x energy, q> for each leaf of (params, data), None for integer leaves."""
-    return leaf_gradients(lambda *at: -spec.view(*at).slope(x, q), params, data)
+    return leaf_gradients(lambda *at: -spec.view(*at).directional(x, q), params, data)
 
 
 _argmin.defvjp(_argmin_forward, _argmin_backward)

@@ -162,8 +162,8 @@ def _root_split(a, b, c):
         return (a * inverse + b) * u - c, slope, -3.0 * a * u * inverse**5
 
     def halley(u):
-        value, slope, bend = terms(u)
-        return u - 2.0 * value * slope / (2.0 * slope**2 - value * bend)
+        value, slope, second = terms(u)
+        return u - 2.0 * value * slope / (2.0 * slope**2 - value * second)
 
     def newton(u):
         value, slope, _ = terms(u)

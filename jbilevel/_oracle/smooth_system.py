@@ -142,4 +142,4 @@ class SmoothLower(Lower):
 
     def pairing(self, view, x, rest):
         """<grad_x energy, q>."""
-        return view.slope(x, rest)
+        return view.directional(x, rest)

@@ -207,4 +207,4 @@ class SupportLower(Lower):
         """<grad F(x) + weights sign(x), q>."""
         q, direction = rest
         weighted = jax.tree.map(lambda w, u, part: jnp.sum(w * u * part), view.penalty.weights, direction, q)
-        return view.smooth.slope(x, q) + sum(jax.tree.leaves(weighted))
+        return view.smooth.directional(x, q) + sum(jax.tree.leaves(weighted))

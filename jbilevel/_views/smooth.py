@@ -52,7 +52,7 @@ class SmoothView(View):
             product = lambda v: pullback(v)[0]  # noqa: E731
         return value, gradient, product
 
-    def slope(self, x, direction):
+    def directional(self, x, direction):
         """<gradient(x), direction>, by forward mode where the energy has it."""
         try:
             return jax.jvp(self.value, (x,), (direction,))[1]

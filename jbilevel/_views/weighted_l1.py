@@ -113,7 +113,7 @@ class WeightedL1View(View):
             "solvers.ForwardBackward and differentiate it with jb.nonsmooth."
         )
 
-    gradient = value_and_gradient = linearize = slope = _refuse
+    gradient = value_and_gradient = linearize = directional = _refuse
 
     def index_sets(self, x, gradient, step, tol) -> IndexSets:
         v = trees.add_scaled(x, -step, gradient)

@@ -72,7 +72,7 @@ class ForwardBackward(Solver):
     products, so that attempts that come too early at most double the cost.
 
     ``info.residual`` is R = L ||y - x+||. Where F is convex and L a bound on its Hessian, v -> v - grad F(v)/L is
-    nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), an element of the subdifferential of F + G at x+, has
+    nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), a subgradient of F + G at x+, has
     ||r|| <= R and mu-strong convexity gives ``||x+ - x_hat|| <= R/mu``: the proven ``info.error``.
 
     Where L is not given, the step is found by backtracking on F(x+) <= F(y) + <grad F(y), x+ - y> + L/2 ||x+ - y||^2.
@@ -103,8 +103,8 @@ class ForwardBackward(Solver):
         smoothness, more = first_curvature(smooth, x0, gradient, size)
         since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
         forward = self._forward(view, x0, gradient, smoothness, value, hessian)
-        element = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
-        residual = view.measure(trees.norm(element), forward.smoothness)
+        subgradient = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
+        residual = view.measure(trees.norm(subgradient), forward.smoothness)
         # soft thresholding would hide NaN
         residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
         bad = ~view.penalty.usable() | ~(smoothness > 0) | forward.failed
@@ -112,7 +112,7 @@ class ForwardBackward(Solver):
         work = Work.zero().plus(gradients=1 + more, values=forward.values)
         zero, one = jnp.zeros_like(size), jnp.ones_like(size)
         return ForwardBackwardState(
-            forward.x, element, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
+            forward.x, subgradient, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
             jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
             residual, zero,
         )  # fmt: skip
@@ -123,8 +123,8 @@ class ForwardBackward(Solver):
         forward = self._forward(view, y, slope, state.smoothness, value, hessian)
         smoothness, x = forward.smoothness, forward.x
         gap = trees.sub(y, x)
-        element = trees.scale(smoothness, gap)
-        residual = view.measure(trees.norm(element), smoothness)
+        subgradient = trees.scale(smoothness, gap)
+        residual = view.measure(trees.norm(subgradient), smoothness)
         quadratic = 0.5 * smoothness * trees.squared_norm(gap)
         # soft thresholding would hide NaN
         residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
@@ -157,7 +157,7 @@ class ForwardBackward(Solver):
         # at the end of a Newton step momentum starts anew
         following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
         moved = ForwardBackwardState(
-            x, element, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
+            x, subgradient, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
             trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
             jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
             jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,

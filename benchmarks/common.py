@@ -20,7 +20,6 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +166,7 @@ def _squares(count: int | None, folder: str | None, at_least: int = 1) -> list[n
     if folder is None:
         return list(jb.data.photographs(512, LARGE[:count], dtype=np.float64))
     found = jb.data.image_folder(folder, limit=count, dtype=np.float64).images
-    squares = [jb.data.centre_crop(image, min(image.shape[:2])) for image in found]
+    squares = [jb.data.centre_crop(image, min(image.shape[-2:])) for image in found]
     squares = [image for image in squares if image.shape[0] >= at_least]
     if not squares or (count is not None and len(squares) < count):
         raise SystemExit(f"--images: {len(squares)} pictures are large enough, {count or 1} are needed")
@@ -380,8 +379,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = {"python": platform.python_version(), "jbilevel": project["version"]}
+    found = {"python": platform.python_version(), "jbilevel": jb.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -32,7 +32,8 @@ def _tv(weight: float, eps: float) -> Setup:
 
 
 def huber(t):
-    """psi_w(t) + psi_w(-t), psi_w the smoothed ReLU of paper 3: t^2/(2w) up to w, then |t| - w/2; only C^{1,1}."""
+    """psi_w(t) + psi_w(-t), psi_w the smoothed ReLU of Bogensperger et al. 2024, (31): t^2/(2w) up to w, then
+    |t| - w/2; only C^{1,1}."""
     size = jnp.abs(t)
     return jnp.where(size <= WIDTH, t**2 / (2 * WIDTH), size - WIDTH / 2)
 

@@ -25,11 +25,11 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -516,8 +516,8 @@ def _commit() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = {"python": platform.python_version(), "jbilevel": project["version"]}
+    ours = re.search(r'__version__ = "(.*)"', (ROOT / "jbilevel" / "__init__.py").read_text(encoding="utf-8"))
+    found = {"python": platform.python_version(), "jbilevel": ours[1]}
     modules = {"torchvision": "torchvision", "torch": "torch"}  # these tell their build, their metadata does not
     for name in PACKAGES:
         module = sys.modules.get(modules.get(name, ""))

@@ -16,6 +16,7 @@ import numpy as np
 
 import jbilevel as jb
 from benchmarks import common
+from jbilevel._core import trees
 
 sys.path.insert(0, str(common.ROOT / "examples"))
 import scans
@@ -83,8 +84,8 @@ def parted(A, images, sinograms, parts: Sequence, **more) -> Scans:
 
 
 def quality(found, clean, data_range: float) -> dict[str, float]:
-    slices = None if clean.ndim == 3 else 0  # of a volume: the mean over its slices
-    ssim = jax.vmap(partial(jb.metrics.ssim, data_range=data_range, channel_axis=slices))
+    ssim = jax.vmap(partial(jb.metrics.ssim, data_range=data_range))
+    ssim = ssim if clean.ndim == 3 else jax.vmap(ssim)  # of a volume: the mean over its slices
     return {
         "psnr": float(jb.metrics.mean_psnr(found, clean, data_range)),
         "psnr_of_mean_mse": float(jb.metrics.psnr_of_mean_mse(found, clean, data_range)),
@@ -103,7 +104,7 @@ def trained(
     if best is None or result.steps < steps:
         raise SystemExit(f"training ended early: {result.message}")
     return best, {
-        "parameters": jb.trees.size(params), "best_step": step, "train_s": float(result.history["seconds"].sum()),
+        "parameters": trees.size(params), "best_step": step, "train_s": float(result.history["seconds"].sum()),
         "compile_s": result.compile_seconds, "train_cpu_s": time.process_time() - cpu,
     }  # fmt: skip
 

@@ -112,7 +112,7 @@ def against_unrolling(recorder, size: int) -> None:
 
     def unrolled(steps):
         def value(params):
-            pair = jb.solvers.PDHG().iterate(setup.problem.at(params, data), setup.problem.start(params, data), steps)
+            pair = jb.solvers.PDHG().iterate(setup.problem.view(params, data), setup.problem.start(params, data), steps)
             return problems.image_loss(params, pair, data)
 
         return jax.jit(jax.grad(value))

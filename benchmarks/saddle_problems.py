@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbilevel as jb
-from jbilevel import prox
-from jbilevel.constants import Constants, SaddleConstants
+from jbilevel import image_of, prox
+from jbilevel._core.constants import Constants, SaddleConstants
 from jbilevel.operators import forward_difference
-from jbilevel.variational import image_of
 
 WIDTH = 0.01
 _THIRD_DERIVATIVE = 1.5 / 1.25**2.5  # sup of the third derivative of sqrt(1 + t^2)
@@ -205,7 +204,7 @@ def total_variation(size: int) -> Setup:
 
 
 def learned_tv(size: int) -> Setup:
-    """Paper 3, (29): no modulus in the auxiliary field nor in the dual."""
+    """Bogensperger et al. 2024, (29): no modulus in the auxiliary field nor in the dual."""
     learned = jb.regularizers.LearnedTV(count=3, size=3)
 
     def params(seed: int):
@@ -220,8 +219,10 @@ def _responses(filters, x):
 
 
 def experts(size: int, filters: int = 3) -> Setup:
-    """1/2 |x - y|^2 + sum_k e^w_k sum psi(+-(f_k * x)), psi of width 0.01 (paper 3, (34)): f* = width/(2 e^w) y^2 on
-    |y| <= e^w."""
+    """1/2 |x - y|^2 + sum_k e^w_k sum psi(+-(f_k * x)), psi of width 0.01 (Bogensperger et al. 2024, (34)).
+
+    f* = width/(2 e^w) y^2 on |y| <= e^w.
+    """
 
     def spectrum(params, data):
         return jnp.sqrt(jnp.max(jnp.sum(jnp.abs(jnp.fft.fft2(params["filters"], data["y"].shape)) ** 2, axis=0)))

@@ -24,7 +24,7 @@ from scipy.linalg import solve_triangular
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
 from benchmarks import common, tuning
-from benchmarks.papers import paper4_wavelets as wavelets
+from benchmarks.papers import villacis_2025_wavelets as wavelets
 
 NAME = "sparse"
 TITLE = "Weighted l1 problems: lasso and wavelets"

@@ -1,4 +1,4 @@
-"""What the benchmarks of paper 0 share: a network on clean images, and the rows of its table at one noise level.
+"""What the benchmarks of task-adapted denoising share: a network on clean images, and a table's rows at a noise level.
 
 Rows: T* on clean images, on noisy ones, behind the total variation with the best PSNR on the training images, behind
 total variation learned for the task by HOAG, the same with the last layers of T* learning too, behind ridge filters
@@ -28,10 +28,10 @@ from jbilevel.task import Pipeline, reconstruct
 
 sys.path.insert(0, str(common.ROOT / "examples"))
 import pictures
-import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for paper0_segmentation
+import task_adapted_segmentation as task_adapted_segmentation  # its drawn shapes, for kadagala_report_segmentation
 
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
-RIDGE = jb.regularizers.CRR(channels=(8,), sizes=(5,))
+RIDGE = jb.regularizers.CRR(widths=(8,), sizes=(5,))
 STEPS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (1, 2), (2, 1))  # which differences the filters start as
 WEIGHTS = np.geomspace(0.2, 8, 16)  # of total variation, in units of sigma
 LEARNED = ("HOAG, TV", "HOAG, TV and last layers", "MAID, ridge filters", "Adam, TV with a map of weights")
@@ -71,7 +71,7 @@ class MappedTV:
 
     def smoothness(self, params, data):
         R, weights = self._of(params, data["y"])
-        return 1 + R.bounds(weights).smoothness
+        return 1 + R.bounds(weights, data["y"].shape).smoothness
 
     def problem(self):
         return jb.SmoothProblem(

@@ -1,6 +1,6 @@
 """Computed tomography: an input-convex neural network as regulariser, learned through saddle points by piggyback.
 
-Lower level, for each sinogram y, as a saddle point in x, z and three duals (paper 3, (32)-(33)):
+Lower level, for each sinogram y, as a saddle point in x, z and three duals (Bogensperger et al. 2024, (32)-(33)):
     x_hat(theta) = argmin_x 1/2 ||A x - y||^2/||A||^2 + e^g sum psi_w(W z),  z = psi_w(V x),  W >= 0
 Upper level, over slices with known x*:   min_theta mean 1/2 ||x_hat(theta) - x*||^2
 
@@ -23,7 +23,7 @@ import numpy as np
 import pictures
 
 import jbilevel as jb
-from jbilevel.variational import image_of
+from jbilevel import image_of
 
 WEIGHTS = tuple(3e-4 * 1.6**k for k in range(6))
 SOLVER = jb.solvers.PDHG(ratio=10.0)  # the image moves by its own size, the duals by that of the noise

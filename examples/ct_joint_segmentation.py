@@ -8,8 +8,8 @@ and b are what both terms are after sequential training. T learns on clean image
 rows start from that T. The data are sections through drawn abdomens with one or two lesions in the liver, exact masks,
 analytic line integrals and photon noise.
 
-Writes a table and a figure to --out; about two minutes on two cores. `benchmarks/papers/paper1_joint.py` measures the
-same with several seeds and weights: one run of one seed says little about which is better.
+Writes a table and a figure to --out; about two minutes on two cores. `benchmarks/papers/kadagala_2025_joint.py`
+measures the same with several seeds and weights: one run of one seed says little about which is better.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import scans
 from flax import nnx
 
 import jbilevel as jb
+from jbilevel._core import trees
 from jbilevel.nets.lpd import NAMED
 
 SMALL = {  # a network for minutes on a CPU: starts as the best filtered backprojection
@@ -118,7 +119,7 @@ def main(argv=None):
 
     filter = scans.best_filter(A, validation)
     f, params = network(args, A, filter)
-    print(f"{len(training['x'])} images of {A.in_shape}, {A.out_shape[0]} views; {jb.trees.size(params)} parameters")
+    print(f"{len(training['x'])} images of {A.in_shape}, {A.out_shape[0]} views; {trees.size(params)} parameters")
     params = train(args, f, params, training, validation)
 
     learned = jax.jit(jax.vmap(f, (None, 0)))

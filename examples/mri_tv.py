@@ -73,7 +73,7 @@ def main(argv=None):
 
     rng = np.random.default_rng(args.seed)
     mask = cartesian_mask((args.size, args.size), args.acceleration, 0.08, rng)
-    A = UndersampledFourier((args.size, args.size), mask, sensitivities(args.coils, args.size))
+    A = UndersampledFourier((args.size, args.size), mask, coils=sensitivities(args.coils, args.size))
     phantoms = [abdomen(rng) for _ in range(args.phantoms + 3)]
     train, test = phantoms[: args.phantoms], [*phantoms[args.phantoms :], jb.data.shepp_logan(0.45)]
     train, test = (scan(p, args.size, args.coils, mask, args.sigma, rng) for p in (train, test))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbilevel as jb
-from jbilevel.data.photographs import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
-from jbilevel.variational import image_of
+from jbilevel import image_of
+from jbilevel.data.scikit_image import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, crops, photographs
 
 
 def options(description: str, name: str) -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ STRIPES = 0.15  # amplitude of what counts for the eye alone
 COLOURS = ("#0072b2", "#e69f00")
 LOSS = jb.losses.Segmentation(iou=0.0, log_cosh_dice=0.0)
 TV = jb.regularizers.SmoothedTV(eps=1e-2)
-CRR = jb.regularizers.CRR(channels=(4, 8), sizes=(3, 3))
+CRR = jb.regularizers.CRR(widths=(4, 8), sizes=(3, 3))
 
 
 def drawn(count: int, size: int, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +110,7 @@ def trained(args, rng):
 
 def dice(logits, labels) -> float:
     """Of discs and bars, mean over images."""
-    return float(jb.metrics.dice(jnp.argmax(logits, -1), labels, len(CLASSES), background=False))
+    return float(jb.metrics.dice(jnp.argmax(logits, 1), labels, len(CLASSES), background=False))
 
 
 def table(rows: dict, test) -> str:
@@ -130,7 +130,7 @@ def figure(path, rows: dict, test, shown) -> None:
     for line, index in zip(axes, shown, strict=True):
         for axis, (name, (_, images, logits)) in zip(line, rows.items(), strict=True):
             axis.imshow(images[index], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            found = np.argmax(logits[index], -1)
+            found = np.argmax(logits[index], 0)
             for kind, colour in enumerate(COLOURS, 1):
                 if np.any(found == kind):
                     axis.contour((found == kind).astype(float), levels=[0.5], colors=colour, linewidths=1.6)

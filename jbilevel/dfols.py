@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jbilevel.fit import FitResult, FitStatus
+from jbilevel._method.base import require_oracle
+from jbilevel.training import FitResult, FitStatus
+
+__all__ = ["minimise"]
 
 LARGEST = 50  # parameters; a quadratic model of more needs more evaluations than anybody would wait for
 
@@ -61,8 +64,10 @@ def minimise(
     evaluation; state: what the package itself returned, None where the budget ended it.
 
     Raises:
-      ImportError: DFO-LS is not installed. ValueError: negative losses, too many parameters, an empty budget.
+      ImportError: DFO-LS is not installed. TypeError: ``oracle`` is no `jb.Oracle`. ValueError: negative losses, too
+        many parameters, an empty budget.
     """
+    require_oracle(oracle, "jb.dfols.minimise")
     try:
         import dfols
     except ImportError as error:
@@ -70,8 +75,17 @@ def minimise(
     flat, assemble = ravel_pytree(params)
     start = np.asarray(flat, np.float64)
     _check(start, budget, tol, radius)
-    run = _Run(oracle, assemble, batch, sample_weight, budget, tol, finest, radius * max(1.0, np.max(np.abs(start))))
-    run.callback, run.dtype = callback, flat.dtype
+    run = _Run(
+        oracle,
+        batch,
+        assemble=lambda point: assemble(jnp.asarray(point, flat.dtype)),
+        sample_weight=sample_weight,
+        budget=budget,
+        tol=tol,
+        finest=1e-4 * tol if finest is None else finest,
+        radius=radius * max(1.0, np.max(np.abs(start))),
+        callback=callback,
+    )
     settings = {"rhobeg": run.radius, "objfun_has_noise": True, "do_logging": False, "maxfun": 10**6, **(options or {})}
     if lower is not None or upper is not None:
         settings["bounds"] = (_bound(lower, params, -1e20), _bound(upper, params, 1e20))
@@ -89,31 +103,36 @@ def minimise(
     history = {name: np.asarray([row[name] for row in run.rows]) for name in ("value", "tol", "work", "seconds")}
     message = {FitStatus.FINISHED: "The budget was spent."}.get(status, status.message)
     return FitResult(
-        params=assemble(jnp.asarray(start if run.best is None else run.best, flat.dtype)), state=state, history=history,
-        status=status, steps=len(run.rows), work=run.work, message=message, compile_seconds=run.compile_seconds,
-    )  # fmt: skip
+        params=run.assemble(start if run.best is None else run.best),
+        state=state,
+        history=history,
+        status=status,
+        steps=len(run.rows),
+        work=run.work,
+        message=message,
+        compile_seconds=run.compile_seconds,
+    )
 
 
 class _Run:
     """The objective as the package calls it: point -> residuals, with accuracy, warm start and books kept here."""
 
-    def __init__(self, oracle, assemble, batch, sample_weight, budget, tol, finest, radius):
-        self.oracle, self.assemble, self.batch, self.weight = oracle, assemble, batch, sample_weight
-        self.budget, self.tol, self.radius = budget, tol, radius
-        self.finest = 1e-4 * tol if finest is None else finest
+    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, tol, finest, radius, callback):
+        self.oracle, self.batch, self.assemble, self.weight = oracle, batch, assemble, sample_weight
+        self.budget, self.tol, self.finest, self.radius = budget, tol, finest, radius
+        self.callback = callback
         self.best, self.best_value, self.warm = None, math.inf, None
-        self.work, self.rows, self.stopped, self.callback = 0.0, [], False, None
+        self.work, self.rows, self.stopped = 0.0, [], False
         self.compile_seconds = 0.0
 
     def __call__(self, point):
         if self.work >= self.budget:
             raise _Spent
         tol, began = self._accuracy(point), time.perf_counter()
-        params = self.assemble(jnp.asarray(point, self.dtype))
+        params = self.assemble(point)
         warm = self.oracle.init(params, self.batch) if self.warm is None else self.warm
-        found = jax.block_until_ready(
-            self.oracle.value(params, self.batch, warm, tol=tol, sample_weight=self.weight)
-        )  # fmt: skip
+        found = self.oracle.value(params, self.batch, warm, tol=tol, sample_weight=self.weight)
+        jax.block_until_ready(found)
         seconds = time.perf_counter() - began
         if not self.rows:
             self.compile_seconds, seconds = seconds, 0.0
@@ -134,8 +153,8 @@ class _Run:
     def _accuracy(self, point) -> float:
         if self.best is None:
             return float(self.tol)
-        share = min(1.0, float(np.linalg.norm(point - self.best)) / self.radius)
-        return float(max(self.finest, self.tol * share**2))
+        closeness = min(1.0, float(np.linalg.norm(point - self.best)) / self.radius)
+        return float(max(self.finest, self.tol * closeness**2))
 
     def _weights(self, count: int):
         if self.weight is None:
@@ -160,3 +179,7 @@ def _check(start, budget, tol, radius) -> None:
     for name, value in (("budget", budget), ("tol", tol), ("radius", radius)):
         if not value > 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def __dir__():
+    return __all__

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.results import SolveInfo, Warm, Work
+from jbilevel._core.validate import require_function, trace_scalar
+from jbilevel._oracle.base import Sample
+from jbilevel._oracle.kinds import ForwardOracle
+
+__all__ = ["Oracle"]
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(ForwardOracle):
     """Mean of ``loss(params, data)`` over the batch and its gradient, exact up to rounding.
 
     The tolerances are accepted and ignored, so that every method and `fit` work on it unchanged.
 
     Args:
-      loss: ``loss(params, data) -> scalar`` for one sample. in_axes, on_failure, chunk: see `BatchOracle`.
+      loss: ``loss(params, data) -> scalar`` for one sample. in_axes, on_failure, chunk: see `jb.Oracle`.
       matmul_precision: of float32 products, as for `jax.default_matmul_precision`: "highest" computes them in full;
         "tensorfloat32", or None for the setting at the call (JAX's default on recent NVIDIA GPUs is TF32), trains
         networks several times faster there, to about three digits.
@@ -34,36 +36,32 @@ class Oracle(BatchOracle):
     """
 
     loss: Callable
-    in_axes: Any = 0
-    on_failure: str = "nan"
+    _: KW_ONLY
     chunk: int | str | None = None
     matmul_precision: str | None = "highest"
 
-    correct = False
-    direct = True
     exact = True
 
     def __post_init__(self):
         super().__post_init__()
+        require_function(self.loss, "loss")
         with jax.default_matmul_precision(self.matmul_precision):  # raises for a name that JAX does not know
             pass
 
     def unknown_error(self, dtype):
         return jnp.zeros((), dtype)
 
-    def _start(self, params, data) -> Warm:
+    def start(self, params, data) -> Warm:
         return Warm(None, None)
 
-    def _value(self, params, data, warm, tol) -> Sample:
-        return self._forward(params, data, warm, tol)[1]
-
-    def _forward(self, params, data, warm, tol):
+    def forward(self, params, data, warm, tol):
         trace_scalar(self.loss, "loss", params, data)
         value = self.loss(params, data)
         seen = jax.lax.stop_gradient(value)
-        status = jnp.where(jnp.isfinite(seen), Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)
-        exact = jnp.zeros_like(seen)
-        steps = jnp.zeros((), jnp.int32)
-        lower = SolveInfo(status, steps, exact, exact, Work.zero().plus(gradients=1))
-        adjoint = SolveInfo(jnp.zeros_like(status), steps, exact, exact, Work.zero())
-        return value, Sample(seen, exact, exact, exact, exact, exact, warm, lower, adjoint)
+        lower = SolveInfo.exact(seen)
+        adjoint = lower._replace(status=jnp.zeros_like(lower.status), evaluations=Work.zero())
+        return value, Sample(value=seen, warm=warm, lower=lower, adjoint=adjoint)
+
+
+def __dir__():
+    return __all__

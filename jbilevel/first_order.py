@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from jbilevel import linesearch
-from jbilevel.results import StepInfo
+from jbilevel._core.results import StepInfo
+from jbilevel._method import steps
+from jbilevel._method.base import Method, MethodState
+
+__all__ = ["Average", "FirstOrder", "FirstOrderState"]
 
 
-class FirstOrderState(NamedTuple):
-    params: Any
-    warm: Any
+class FirstOrderState(MethodState):
     optimizer: Any  # optax state
-    tol: Any
-    adjoint_tol: Any
     average: Average | None = None
 
 
@@ -31,7 +30,7 @@ class Average(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FirstOrder:
+class FirstOrder(Method):
     """params+ = P(params + optax update(hypergradient)) with fixed tolerances.
 
     Args:
@@ -41,37 +40,57 @@ class FirstOrder:
       projection: ``params -> params``, applied after each update.
       average: decay of an exponential moving average of the parameters, corrected for its start (Kingma & Ba 2015,
         section 7.2), which is left in ``state.average.params``; None: no average.
+      log_error: see `jb.Method`.
+
+    Raises:
+      TypeError: ``oracle`` is no `jb.Oracle`, or ``optimizer`` is none of optax. ValueError: ``average`` is no decay.
+
+    >>> import jbilevel as jb, jax.numpy as jnp, optax
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> method = FirstOrder(oracle, optax.sgd(0.5), average=0.5)
+    >>> result = jb.fit(method, jnp.array(0.0), lambda step: jnp.array([1.0, 3.0]), steps=20)
+    >>> round(float(result.params), 3), round(float(result.state.average.params), 3)
+    (2.0, 2.0)
     """
 
-    oracle: Any
     optimizer: optax.GradientTransformation
+    _: KW_ONLY
     tol: float | None = None
     adjoint_tol: float | None = None
     projection: Callable | None = None
     average: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            kind = type(self.optimizer).__name__
+            raise TypeError(f"`optimizer` of FirstOrder must be one of optax, such as optax.adam(1e-3), got {kind}.")
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"`average` must lie in [0, 1) or be None, got {self.average}.")
 
     def init(self, params, batch) -> FirstOrderState:
-        params = linesearch.project(self.projection, params)
-        tol, adjoint_tol = linesearch.first_tolerances(
-            self.oracle, params, batch, 1e-3, self.tol, self.adjoint_tol
-        )  # fmt: skip
-        average = None if self.average is None else Average(params, optax.ema(self.average).init(params))
-        warm, optimizer = self.oracle.init(params, batch), self.optimizer.init(params)
-        return FirstOrderState(params, warm, optimizer, tol, adjoint_tol, average)
+        params = steps.project(self.projection, params)
+        first = steps.first_tolerances(self.asked, params, batch, 1e-3, self.tol, self.adjoint_tol)
+        return FirstOrderState(
+            params=params,
+            warm=self.oracle.init(params, batch),
+            tol=first.tol,
+            adjoint_tol=first.adjoint_tol,
+            optimizer=self.optimizer.init(params),
+            average=None if self.average is None else Average(params, optax.ema(self.average).init(params)),
+        )
 
     @partial(jax.jit, static_argnums=0)
     def step(self, state: FirstOrderState, batch) -> tuple[FirstOrderState, StepInfo]:
-        hg = self.oracle(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
+        hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         updates, optimizer = self.optimizer.update(hg.grad, state.optimizer, state.params)
-        params = linesearch.project(self.projection, optax.apply_updates(state.params, updates))
-        info = linesearch.step_info(
-            hg, step=optax.tree.norm(updates), tol=state.tol, adjoint_tol=state.adjoint_tol, work=hg.work
-        )
-        average = state.average
-        if average is not None:
-            average = Average(*optax.ema(self.average).update(params, average.memory))
-        return state._replace(params=params, warm=hg.warm, optimizer=optimizer, average=average), info
+        params = steps.project(self.projection, optax.apply_updates(state.params, updates))
+        average, decay = state.average, self.average
+        if average is not None and decay is not None:
+            average = Average(*optax.ema(decay).update(params, average.memory))
+        following = replace(state, params=params, warm=hg.warm, optimizer=optimizer, average=average)
+        return following, self.report(hg, state, step=optax.tree.norm(updates))
+
+
+def __dir__():
+    return __all__

@@ -5,11 +5,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+__all__ = [
+    "Adversarial",
+    "DenoisingScore",
+    "ImageLoss",
+    "Segmentation",
+    "charbonnier",
+    "cross_entropy",
+    "dice",
+    "huber",
+    "iou",
+    "log_cosh_dice",
+    "squared_error",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def squared_error(target: Hashable = "x", mean: bool = False, *, part: Hashable 
     >>> loss == squared_error() and hash(loss) == hash(squared_error())
     True
     """
-    return ImageLoss(_half_square, 1.0, target, bool(mean), part)
+    return ImageLoss(penalty=_half_square, scale=1.0, target=target, mean=bool(mean), part=part)
 
 
 def huber(target: Hashable = "x", mean: bool = False, *, delta: float = 0.1, part: Hashable = None) -> ImageLoss:
@@ -93,7 +107,7 @@ def huber(target: Hashable = "x", mean: bool = False, *, delta: float = 0.1, par
     >>> print(huber(target=None, delta=1.0)(None, jnp.array([0.5, -3.0]), jnp.zeros(2)))
     2.625
     """
-    return ImageLoss(_huber, _positive("delta", delta), target, bool(mean), part)
+    return ImageLoss(penalty=_huber, scale=_positive("delta", delta), target=target, mean=bool(mean), part=part)
 
 
 def charbonnier(target: Hashable = "x", mean: bool = False, *, eps: float = 1e-3, part: Hashable = None) -> ImageLoss:
@@ -110,7 +124,7 @@ def charbonnier(target: Hashable = "x", mean: bool = False, *, eps: float = 1e-3
     >>> print(charbonnier(target=None, eps=3.0)(None, jnp.array([4.0, 0.0]), jnp.zeros(2)))
     2.0
     """
-    return ImageLoss(_charbonnier, _positive("eps", eps), target, bool(mean), part)
+    return ImageLoss(penalty=_charbonnier, scale=_positive("eps", eps), target=target, mean=bool(mean), part=part)
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,7 @@ class DenoisingScore:
     """
 
     regularizer: Callable[[Any, Any], Any]
+    _: KW_ONLY
     noisy: Hashable = "y"
     target: Hashable = "x"
 
@@ -146,11 +161,11 @@ class DenoisingScore:
 class Adversarial:
     """R(params, x) - R(params, f) + penalty (‖∇R(params, t x + (1 - t) f)‖ - 1)²: small on clean x, large on bad f.
 
-    How adversarial (convex) regularisers are trained (Lunz, Öktem & Schönlieb 2018; Mukherjee et al. 2020; the rival of
-    bilevel learning in paper 3, with penalty 10): over pairs of clean images x and naive reconstructions f, such as
-    filtered backprojections, R estimates the Wasserstein-1 distance of the two distributions, and the penalty keeps it
-    1-Lipschitz, ‖·‖ the 2-norm over the pixels. It needs no lower-level solve; the weight that suits a reconstruction
-    is to be found afterwards.
+    How adversarial (convex) regularisers are trained (Lunz, Öktem & Schönlieb 2018, lunz_adversarial_2018; Mukherjee et
+    al. 2020, mukherjee_acr_2020; the rival of bilevel learning in Bogensperger et al. 2024, with penalty 10): over
+    pairs of clean images x and naive reconstructions f, such as filtered backprojections, R estimates the Wasserstein-1
+    distance of the two distributions, and the penalty keeps it 1-Lipschitz, ‖·‖ the 2-norm over the pixels. It needs no
+    lower-level solve; the weight that suits a reconstruction is to be found afterwards.
 
     Args:
         regularizer: ``R(params, x) -> scalar`` for one image.
@@ -167,6 +182,7 @@ class Adversarial:
     """
 
     regularizer: Callable[[Any, Any], Any]
+    _: KW_ONLY
     penalty: float = 10.0
     naive: Hashable = "naive"
     target: Hashable = "x"
@@ -194,7 +210,7 @@ def cross_entropy(logits, labels, *, ignore: int | None = None):
     """Mean over the pixels of -log p(label), for one image or volume.
 
     Args:
-        logits: (*shape, C) for C classes, p = softmax over the last axis; or (*shape) for the two classes 0 and 1,
+        logits: (C, *shape) for C classes, p = softmax over the first axis; or (*shape) for the two classes 0 and 1,
             p(1) = sigmoid.
         labels: integers or booleans (*shape), 0, ..., C - 1.
         ignore: a label whose pixels do not count (255 in many data sets). Where no pixel counts, the loss is 0.
@@ -205,7 +221,7 @@ def cross_entropy(logits, labels, *, ignore: int | None = None):
     Raises:
         ValueError: the shapes do not fit. TypeError: the labels are not integers.
 
-    >>> print(round(float(cross_entropy(jnp.zeros((2, 2, 4)), jnp.array([[0, 1], [2, 3]]))), 4))  # log 4
+    >>> print(round(float(cross_entropy(jnp.zeros((4, 2, 2)), jnp.array([[0, 1], [2, 3]]))), 4))  # log 4
     1.3863
     """
     logits, labels, valid = _classified(logits, labels, ignore)
@@ -213,7 +229,7 @@ def cross_entropy(logits, labels, *, ignore: int | None = None):
         each = jax.nn.softplus(jnp.where(labels == 1, -logits, logits))
     else:
         safe = jnp.where(valid, labels, 0)
-        each = -jnp.take_along_axis(jax.nn.log_softmax(logits), safe[..., None], axis=-1)[..., 0]
+        each = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), safe[None], axis=0)[0]
     return jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
@@ -254,10 +270,10 @@ def log_cosh_dice(logits, labels, **settings):
     return loss + jax.nn.softplus(-2 * loss) - math.log(2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Segmentation:
     """A weighted sum of :func:`cross_entropy`, :func:`dice`, :func:`iou` and :func:`log_cosh_dice`, by default all of
-    weight 1 (the composite loss of papers 0 and 1); a value that hashes and compares.
+    weight 1 (the composite loss of Kadagala, kadagala_hoag_report and kadagala_thesis_2025); a value that hashes.
 
     log cosh is monotone on Dice losses and the Jaccard loss nearly a function of Dice, so that the sum has the
     minimisers of its parts. One label per image is allowed too: logits (C,) and labels ().
@@ -270,7 +286,7 @@ class Segmentation:
       ValueError: a weight is negative, or all are 0. Called: what its terms raise.
 
     >>> loss = Segmentation(iou=0.0, log_cosh_dice=0.0, ignore=255)
-    >>> logits, labels = jnp.array([[0.0, 1.0], [2.0, 0.0]]), jnp.array([1, 255])
+    >>> logits, labels = jnp.array([[0.0, 2.0], [1.0, 0.0]]), jnp.array([1, 255])
     >>> bool(loss(logits, labels) == cross_entropy(logits, labels, ignore=255) + dice(logits, labels, ignore=255))
     True
     """
@@ -284,7 +300,7 @@ class Segmentation:
     present_only: bool = False
 
     def __post_init__(self):
-        weights = {name: getattr(self, name) for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}
+        weights = {name: vars(self)[name] for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}
         if not all(weight >= 0 for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"the weights must not be negative, and one must be positive, got {weights}.")
 
@@ -305,11 +321,11 @@ def _classified(logits, labels, ignore):
     if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
     binary = logits.shape == labels.shape
-    if not binary and logits.shape[:-1] != labels.shape:
-        raise ValueError(f"`logits` {logits.shape} must be {labels.shape} or have one axis of classes more.")
+    if not binary and logits.shape[1:] != labels.shape:
+        raise ValueError(f"`logits` {logits.shape} must be {labels.shape} or have one axis of classes in front.")
     labels = labels.astype(jnp.int32)
     valid = jnp.ones(labels.shape, bool) if ignore is None else labels != ignore
-    known = (labels >= 0) & (labels < (2 if binary else logits.shape[-1]))
+    known = (labels >= 0) & (labels < (2 if binary else logits.shape[0]))
     return jnp.where(jnp.all(known | ~valid), logits, jnp.nan), labels, valid
 
 
@@ -317,15 +333,13 @@ def _overlaps(logits, labels, ignore, present_only):
     """Sums over the pixels of p g, p and g, and whether a class counts: (C,), or (1,) for two classes by one logit."""
     logits, labels, valid = _classified(logits, labels, ignore)
     if logits.ndim == labels.ndim:
-        p, g = jax.nn.sigmoid(logits)[..., None], (labels == 1)[..., None]
+        p, g = jax.nn.sigmoid(logits)[None], (labels == 1)[None]
     else:
-        p, g = (
-            jax.nn.softmax(logits),
-            labels[..., None] == jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,)),
-        )
-    p, g = (jnp.where(valid[..., None], v, 0).astype(p.dtype).reshape(-1, p.shape[-1]) for v in (p, g))
-    true = jnp.sum(g, axis=0)
-    return jnp.sum(p * g, axis=0), jnp.sum(p, axis=0), true, (true > 0) | (not present_only)
+        classes = jnp.arange(logits.shape[0]).reshape((-1,) + (1,) * labels.ndim)
+        p, g = jax.nn.softmax(logits, axis=0), labels[None] == classes
+    p, g = (jnp.where(valid[None], v, 0).astype(p.dtype).reshape(p.shape[0], -1) for v in (p, g))
+    true = jnp.sum(g, axis=1)
+    return jnp.sum(p * g, axis=1), jnp.sum(p, axis=1), true, (true > 0) | (not present_only)
 
 
 def _mean_over_classes(score, present):
@@ -392,3 +406,7 @@ def _positive(name, value):
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` is {value}: give a positive finite number.")
     return value
+
+
+def __dir__():
+    return __all__

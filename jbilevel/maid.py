@@ -1,24 +1,26 @@
-"""MAID: descent that adapts step and accuracy together, with a line search on inexact values (papers 2 and 3)."""
+"""MAID: descent that adapts step and accuracy together, with a line search on inexact values (Salehi et al. 2024)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import linesearch, trees
-from jbilevel.results import Hypergradient, Status, StepInfo, Value
+from jbilevel._core import trees
+from jbilevel._core.results import Hypergradient, Status, StepInfo, Value
+from jbilevel._method import steps
+from jbilevel._method.base import Method, MethodState
+
+__all__ = ["MAID", "MAIDState"]
 
 
-class MAIDState(NamedTuple):
-    params: Any
-    warm: Any
-    tol: Any  # eps: accuracy of the lower level
-    adjoint_tol: Any  # delta: accuracy of the adjoint
+class MAIDState(MethodState):
+    """tol, adjoint_tol: eps and delta of Salehi et al. (2024)."""
+
     step: Any  # alpha to try first; 0 before the first step
     reference: Any  # Zhang-Hager average of the values
     weight: Any  # its weight
@@ -45,8 +47,8 @@ class _Search(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MAID:
-    """Method of adaptive inexact descent (Salehi, Mukherjee, Roberts & Ehrhardt 2024; paper 3, Algorithm 3).
+class MAID(Method):
+    """Method of adaptive inexact descent (Salehi et al. 2024; Bogensperger et al. 2024, Algorithm 3).
 
     A step computes z at accuracies (eps, delta) and accepts params+ = P(params - alpha z) when the decrease is larger
     than what inexactness can feign,
@@ -61,7 +63,7 @@ class MAID:
       oracle: any hypergradient oracle; with ``correct=True`` values and z have second-order errors, so that far looser
         accuracies suffice.
       projection: ``params -> params`` onto a convex feasible set.
-      certified: use ``bound`` instead of ``error`` (needs the constants of `jbilevel.errors`).
+      certified: use ``bound`` instead of ``error`` (needs the constants of the problem).
       tol, adjoint_tol: first eps, delta; None takes 1e-1 of the sizes at the cold start.
       step_size: first alpha; None moves params by a tenth of their norm.
       accuracy_down, accuracy_up: factors nu < 1 on failure and nu_bar >= 1 on success.
@@ -71,9 +73,21 @@ class MAID:
       window: weight of past values in a non-monotone reference (Zhang & Hager 2004; 0.85 is usual), 0 is monotone.
       barzilai_borwein: start each search at the Barzilai-Borwein length (within a decade of the last one) instead of
         rho_bar alpha.
+      log_error: see `jb.Method`.
+
+    Raises:
+      TypeError: ``oracle`` is no `jb.Oracle`. ValueError: an option is out of its range, or the oracle knows no error
+        of its values (the message says what to pass).
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
+    >>> oracle = problem.oracle(lambda p, x, d: 0.5 * (x - 3.0) ** 2, solver=jb.solvers.AGD())
+    >>> result = jb.fit(MAID(oracle), jnp.array(1.0), jnp.array([2.0]), steps=8)  # x_hat = 2 p
+    >>> round(float(result.params), 2), bool(jnp.all(jnp.diff(result.history["value"]) < 0))
+    (1.5, True)
     """
 
-    oracle: Any
+    _: KW_ONLY
     projection: Callable | None = None
     certified: bool = False
     tol: float | None = None
@@ -90,7 +104,10 @@ class MAID:
     window: float = 0.0
     barzilai_borwein: bool = True
 
+    compares_values = True
+
     def __post_init__(self):
+        super().__post_init__()
         _require(0 < self.accuracy_down < 1, "accuracy_down", "between 0 and 1")
         _require(0 < self.step_down < 1, "step_down", "between 0 and 1")
         _require(self.accuracy_up >= 1, "accuracy_up", "at least 1")
@@ -99,60 +116,73 @@ class MAID:
         _require(self.descent is None or 0 < self.descent < 1, "descent", "between 0 and 1, or None")
         _require(0 <= self.window < 1, "window", "at least 0 and below 1")
         _require(self.tries >= 1 and self.rounds >= 1, "tries and rounds", "at least 1")
-        missing = self.oracle.missing(self.certified) if hasattr(self.oracle, "missing") else None
+        missing = self.oracle.missing(self.certified)
         if missing is not None:
             kind = "proven" if self.certified else "estimated"
             raise ValueError(f"MAID needs {kind} errors of upper-level values; pass {missing}.")
 
-    def init(self, params, batch) -> MAIDState:
-        params = linesearch.project(self.projection, params)
-        tol, adjoint_tol = linesearch.first_tolerances(
-            self._oracle(), params, batch, 1e-1, self.tol, self.adjoint_tol
-        )  # fmt: skip
-        zero = jnp.zeros_like(tol)
-        warm = self.oracle.init(params, batch)
-        return MAIDState(
-            params, warm, tol, adjoint_tol, zero, zero, zero, params, trees.zeros_like(params), jnp.asarray(False)
-        )
+    @property
+    def reads_error(self) -> bool:
+        return self.log_error or (self.descent is not None and not self.certified)
 
-    def _oracle(self):
-        """The oracle without the error estimate of z, unless something here reads it."""
-        reads = self.descent is not None and not self.certified
-        if getattr(self.oracle, "estimate", False) and not reads:
-            return replace(self.oracle, estimate=False)
-        return self.oracle
+    def init(self, params, batch) -> MAIDState:
+        params = steps.project(self.projection, params)
+        first = steps.first_tolerances(self.asked, params, batch, 1e-1, self.tol, self.adjoint_tol)
+        zero = jnp.zeros_like(first.tol)
+        return MAIDState(
+            params=params,
+            warm=self.oracle.init(params, batch),
+            tol=first.tol,
+            adjoint_tol=first.adjoint_tol,
+            step=zero,
+            reference=zero,
+            weight=zero,
+            previous=params,
+            previous_grad=trees.zeros_like(params),
+            done=jnp.asarray(False),
+        )
 
     @partial(jax.jit, static_argnums=0)
     def step(self, state: MAIDState, batch) -> tuple[MAIDState, StepInfo]:
-        oracle = self._oracle()
-        hg = oracle(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
-        never = jnp.asarray(False)
+        hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         zero = jnp.zeros((), jnp.int32)
         search = _Search(
-            hg, state.tol, state.adjoint_tol, state.params, hg.warm, self._first_length(state, hg.grad), zero, zero,
-            never, hg.value, hg.status, hg.work,
-        )  # fmt: skip
+            hg=hg,
+            tol=state.tol,
+            adjoint_tol=state.adjoint_tol,
+            trial=state.params,
+            trial_warm=hg.warm,
+            step=self._first_length(state, hg.grad),
+            tries=zero,
+            rounds=zero,
+            accepted=jnp.asarray(False),
+            value=hg.value,
+            status=hg.status,
+            work=hg.work,
+        )
 
         def unfinished(s: _Search):
             return ~s.accepted & (s.rounds <= self.rounds) & jnp.isfinite(s.hg.value) & ~self._at_floor(state, s)
 
-        def advance(s: _Search) -> _Search:
-            return jax.lax.cond(
-                self._hopeless(state, s), lambda s: self._refine(oracle, state, batch, s),
-                lambda s: self._try(oracle, state, batch, s), s,
-            )  # fmt: skip
+        def refine(s: _Search) -> _Search:
+            return self._refine(state, batch, s)
 
-        search = jax.lax.while_loop(unfinished, advance, search)
-        return self._finish(state, search)
+        def attempt(s: _Search) -> _Search:
+            return self._try(state, batch, s)
+
+        def advance(s: _Search) -> _Search:
+            return jax.lax.cond(self._hopeless(state, s), refine, attempt, s)
+
+        return self._finish(state, jax.lax.while_loop(unfinished, advance, search))
 
     def _first_length(self, state: MAIDState, grad):
-        length = jnp.where(state.step > 0, state.step, linesearch.first_step(state.params, grad))
-        grad = linesearch.reduced(self.projection, state.params, grad, length)
-        start = linesearch.first_step(state.params, grad) if self.step_size is None else self.step_size
+        length = jnp.where(state.step > 0, state.step, steps.first_step(state.params, grad))
+        grad = steps.reduced(self.projection, state.params, grad, length)
+        start = steps.first_step(state.params, grad) if self.step_size is None else self.step_size
         length = jnp.where(state.step > 0, state.step, start)
         if not self.barzilai_borwein:
             return length
-        bb = linesearch.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, length)
+        bb = steps.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, length)
         # the secant of two inexact gradients can be anything: it may change the step by a decade, not by more
         return jnp.where(state.step > 0, jnp.clip(bb, 0.1 * length, 10 * length), length)
 
@@ -175,7 +205,7 @@ class MAID:
 
     def _promising(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""
-        slope = trees.squared_norm(linesearch.reduced(self.projection, state.params, s.hg.grad, s.step))
+        slope = trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
         decrease = (1 - self.armijo) * s.step * slope
         credible = 2 * decrease > self._errors(s.hg)
         if self.window > 0:
@@ -185,9 +215,9 @@ class MAID:
         error = s.hg.bound if self.certified else s.hg.error
         return credible & (error <= (1 - self.descent) * jnp.sqrt(slope))
 
-    def _try(self, oracle, state: MAIDState, batch, s: _Search) -> _Search:
-        trial, moved = linesearch.projected_step(self.projection, state.params, s.hg.grad, s.step)
-        value = oracle.value(trial, batch, s.trial_warm, tol=s.tol)
+    def _try(self, state: MAIDState, batch, s: _Search) -> _Search:
+        trial, moved = steps.projected_step(self.projection, state.params, s.hg.grad, s.step)
+        value = self.asked.value(trial, batch, s.trial_warm, tol=s.tol)
         upper = value.value + self._errors(value)
         accepted = (upper + self.armijo * moved / s.step <= self._level(state, s)) & (moved > 0)
         return s._replace(
@@ -201,13 +231,20 @@ class MAID:
             work=s.work + value.work,
         )
 
-    def _refine(self, oracle, state: MAIDState, batch, s: _Search) -> _Search:
+    def _refine(self, state: MAIDState, batch, s: _Search) -> _Search:
         tol, adjoint_tol = self.accuracy_down * s.tol, self.accuracy_down * s.adjoint_tol
-        hg = oracle(state.params, batch, s.hg.warm, tol=tol, adjoint_tol=adjoint_tol)
+        hg = self.asked(state.params, batch, s.hg.warm, tol=tol, adjoint_tol=adjoint_tol)
         return s._replace(
-            hg=hg, tol=tol, adjoint_tol=adjoint_tol, trial_warm=hg.warm, step=self._first_length(state, hg.grad),
-            tries=jnp.zeros_like(s.tries), rounds=s.rounds + 1, status=hg.status, work=s.work + hg.work,
-        )  # fmt: skip
+            hg=hg,
+            tol=tol,
+            adjoint_tol=adjoint_tol,
+            trial_warm=hg.warm,
+            step=self._first_length(state, hg.grad),
+            tries=jnp.zeros_like(s.tries),
+            rounds=s.rounds + 1,
+            status=hg.status,
+            work=s.work + hg.work,
+        )
 
     def _at_floor(self, state: MAIDState, s: _Search):
         """Trials failed and no better accuracy is to be had: converged to what is attainable."""
@@ -231,16 +268,17 @@ class MAID:
             reference=jnp.where(accepted, reference, state.reference),
             weight=jnp.where(accepted, weight, state.weight),
             previous=state.params,
-            previous_grad=linesearch.reduced(self.projection, state.params, s.hg.grad, s.step),
+            previous_grad=steps.reduced(self.projection, state.params, s.hg.grad, s.step),
             done=~accepted,
         )
-        info = linesearch.step_info(
-            s.hg, step=jnp.where(accepted, s.step, 0.0), tol=s.tol, adjoint_tol=s.adjoint_tol, work=s.work,
-            status=s.status, done=~accepted,
-        )  # fmt: skip
-        return following, info
+        step = jnp.where(accepted, s.step, 0.0)
+        return following, self.report(s.hg, s, step=step, work=s.work, status=s.status, done=~accepted)
 
 
 def _require(condition: bool, name: str, what: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` of MAID must be {what}.")
+
+
+def __dir__():
+    return __all__

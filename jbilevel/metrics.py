@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["dice", "iou", "mean_psnr", "psnr", "psnr_of_mean_mse", "ssim", "top_k"]
+
 # Wang et al. 2004: Gaussian of standard deviation 1.5 cut at 3.5 of them (radius 5, 11 taps) and the two stabilisers.
 _SIGMA, _RADIUS, _K1, _K2 = 1.5, 5, 0.01, 0.03
 _WINDOW = 2 * _RADIUS + 1
@@ -79,7 +81,7 @@ def psnr_of_mean_mse(xs, references, data_range=1.0):
     return _decibels(jnp.mean(_mse_per_image(xs, references)), _scalar_range(data_range, xs.dtype))
 
 
-def ssim(x, reference, data_range=1.0, *, channel_axis=None):
+def ssim(x, reference, data_range=1.0, *, channels: int | None = None):
     """Structural similarity of one image with the Gaussian window of Wang et al. (2004): the mean over all pixels
     that are 5 or more away from the border of
 
@@ -90,16 +92,15 @@ def ssim(x, reference, data_range=1.0, *, channel_axis=None):
     covariance) gives other numbers. Differentiable everywhere, also at x == reference, where it is 1.
 
     Args:
-        x, reference: real arrays of one and the same shape, (height, width) or with one channel axis more.
+        x, reference: real arrays of one and the same shape, (height, width) or (channels, height, width).
         data_range: positive scalar, the distance between the least and the greatest possible value.
-        channel_axis: position of the channel axis of a colour image (-1: channels last); the mean over the channels
-            is returned. None: the images are grey.
+        channels: the number of channels of a colour image, the mean over which is returned. None: the images are grey.
 
     Returns:
         A scalar in [-1, 1] of the wider dtype of the two (at least float32).
 
     Raises:
-        ValueError: the shapes differ or do not fit ``channel_axis``, a side is shorter than the window of 11 pixels,
+        ValueError: the shapes differ or do not fit ``channels``, a side is shorter than the window of 11 pixels,
             or ``data_range`` is not a positive scalar.
         TypeError: an image is complex.
 
@@ -108,7 +109,7 @@ def ssim(x, reference, data_range=1.0, *, channel_axis=None):
     1.0 -0.83
     """
     x, reference = _float_pair(x, reference)
-    x, reference = _channels_first(x, channel_axis), _channels_first(reference, channel_axis)
+    x, reference = _with_channels(x, channels), _with_channels(reference, channels)
     if min(x.shape[1:]) < _WINDOW:
         raise ValueError(
             f"`x` is {x.shape[1]} x {x.shape[2]} pixels, less than the SSIM window of {_WINDOW} x {_WINDOW}: "
@@ -137,7 +138,7 @@ def dice(
     which is what data sets with a public ranking report; large objects then weigh more.
 
     Args:
-        prediction, labels: integers (n, ...), such as ``jnp.argmax(logits, -1)``.
+        prediction, labels: integers (n, ...), such as ``jnp.argmax(logits, 1)`` of logits (n, C, ...).
         n_classes: labels are 0, ..., n_classes - 1; others in ``prediction`` agree with nothing.
         ignore: a label whose pixels do not count.
         background: count the class 0 as well; False for "lesion or not".
@@ -237,20 +238,19 @@ def _gaussian_means(images):
     return means.reshape(*images.shape[:-2], *means.shape[-2:])
 
 
-def _channels_first(image, channel_axis):
-    if channel_axis is None:
-        if image.ndim != 2:
-            raise ValueError(
-                f"`x` has shape {image.shape}, not (height, width): name the `channel_axis` of a colour image, "
-                "and use jax.vmap for a batch."
-            )
-        return image[None]
-    if image.ndim != 3 or not -3 <= channel_axis < 3:
+def _with_channels(image, channels):
+    """(C, height, width), with C = 1 for a grey image."""
+    if channels is None and image.ndim != 2:
         raise ValueError(
-            f"`x` has shape {image.shape} with channel_axis={channel_axis}: a colour image has 3 axes, "
-            "and `channel_axis` is one of them."
+            f"`x` has shape {image.shape}, not (height, width): say how many `channels` a colour image has, and use "
+            "jax.vmap for a batch."
         )
-    return jnp.moveaxis(image, channel_axis, 0)
+    if channels is not None and (image.ndim != 3 or image.shape[0] != channels):
+        raise ValueError(
+            f"`x` has shape {image.shape}, not (channels, height, width) with `channels` = {channels}; use jax.vmap "
+            "for a batch."
+        )
+    return image if channels is not None else image[None]
 
 
 def _float_pair(x, reference):
@@ -294,3 +294,7 @@ def _mse_per_image(xs, references):
 def _decibels(mse, data_range):
     # A difference of logarithms: the quotient would overflow before the mean squared error vanishes.
     return 20 * jnp.log10(data_range) - 10 * jnp.log10(mse)
+
+
+def __dir__():
+    return __all__

@@ -1,31 +1,31 @@
-"""NBA: descent for upper levels with kinks, by a line search or a trust region on the value (paper 4, Algorithm 2)."""
+"""NBA: descent for upper levels with kinks, by a line search or a trust region on the value (Villacis 2025)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import linesearch, trees
-from jbilevel.results import Hypergradient, Status, StepInfo
+from jbilevel._core import trees
+from jbilevel._core.results import Hypergradient, Status, StepInfo
+from jbilevel._method import steps
+from jbilevel._method.base import Method, MethodState
+
+__all__ = ["NBA", "NBAState", "SEARCHES", "stationarity"]
 
 SEARCHES = ("line", "trust-region")
-# trust region: share of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow
+# trust region: fraction of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow
 ACCEPT, POOR, GOOD = 1e-2, 0.25, 0.75
 SHARPER = 0.1  # factor on both tolerances when no step is found
 SHORT = 3  # trials before a subgradient from nearby is taken in
 SIMPLEX_STEPS = 1000
 
 
-class NBAState(NamedTuple):
-    params: Any
-    warm: Any
-    tol: Any
-    adjoint_tol: Any
+class NBAState(MethodState):
     step: Any  # length of the step to try first, or the radius of the trust region; 0 before the first step
     previous: Any  # params and direction of the last accepted step, for its curvature
     previous_grad: Any
@@ -40,7 +40,7 @@ class _Search(NamedTuple):
     trial_warm: Any
     step: Any
     tries: Any
-    stage: Any  # subgradients taken in from nearby; one more where the search ends with the first direction
+    stage: Any  # bundle steps so far; one more where the search ends with the first direction
     least: Any  # smallest norm of a direction so far
     accepted: Any
     taken: Any  # length of the last step tried
@@ -49,10 +49,11 @@ class _Search(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NBA:
-    """Nonsmooth bilevel approximation (paper 4, Algorithm 2): params - alpha g with a search for alpha on the value.
+class NBA(Method):
+    """Nonsmooth bilevel approximation (Villacis 2025, Algorithm 2).
 
-    g is the hypergradient at params, an element of a subdifferential where the value has kinks. "line": Armijo's rule
+    params+ = params - alpha g, with a search for alpha on the value. g is the hypergradient at params, an element of a
+    subdifferential where the value has kinks. "line": Armijo's rule
     value(params - alpha g) <= value(params) - armijo alpha ||g||^2, alpha from a Barzilai-Borwein length downwards.
     "trust-region": the step minimises -tau ||g||^2 + b tau^2 ||g||^2/2, b the last secant curvature, over
     tau ||g|| <= radius, and the radius follows the ratio of actual to predicted decrease.
@@ -60,7 +61,7 @@ class NBA:
     At a kink -g need not be a direction of descent, and near one it is one for tiny steps only, on which a search alone
     would jam. So where a few trials fail, the hypergradient g' at the last of them is taken in, in case it belongs to
     another piece: g becomes the point of least norm on the segment [g, g'], along the kink, and the search starts
-    again, up to ``bends`` times (the two-point bundle of Wolfe 1975 and Mifflin 1977); only then the first g is
+    again, up to ``bundle_steps`` times (the two-point bundle of Wolfe 1975 and Mifflin 1977); only then the first g is
     followed down to the shortest steps. ``info.grad_norm`` is the least norm of all these g, an element of the convex
     hull of hypergradients nearby: it goes to zero at a minimum on a kink, where that of a single one does not. Where no
     step is found, both tolerances fall by ten, at most twice; then ``info.done``.
@@ -71,12 +72,22 @@ class NBA:
       projection: ``params -> params`` onto a convex feasible set.
       tol, adjoint_tol: accuracies; None takes 1e-5 of the sizes at the cold start.
       step_size: first alpha (first radius); None moves params by a tenth of their norm.
-      armijo: share of the linear decrease that is demanded. step_down: factor on alpha after a failed trial.
-      tries: trials of the first direction. bends: see above.
+      armijo: fraction of the linear decrease that is demanded. step_down: factor on alpha after a failed trial.
+      tries: trials of the first direction. bundle_steps: see above.
       stationarity: done when the norm of the hypergradient is at most this, or no step is found and the least is.
+      log_error: see `jb.Method`.
+
+    Raises:
+      TypeError: ``oracle`` is no `jb.Oracle`. ValueError: an option is out of its range.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda p, d: jnp.abs(p - d))  # a kink at the minimum
+    >>> result = jb.fit(NBA(oracle), jnp.array(0.3), jnp.array([1.0]), steps=20)
+    >>> round(float(result.params), 3)
+    1.0
     """
 
-    oracle: Any
+    _: KW_ONLY
     search: str = "line"
     projection: Callable | None = None
     tol: float | None = None
@@ -85,48 +96,56 @@ class NBA:
     armijo: float = 1e-4
     step_down: float = 0.5
     tries: int = 10
-    bends: int = 3
+    bundle_steps: int = 3
     stationarity: float = 0.0
 
+    compares_values = True
+
     def __post_init__(self):
+        super().__post_init__()
         if self.search not in SEARCHES:
             raise ValueError(f"`search` of NBA must be one of {SEARCHES}, got {self.search!r}.")
-        for name in ("armijo", "step_down"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"`{name}` of NBA must lie between 0 and 1, got {getattr(self, name)}.")
-        if self.tries < 1 or self.bends < 0:
-            raise ValueError("`tries` of NBA must be at least 1, and `bends` at least 0.")
+        for name, factor in (("armijo", self.armijo), ("step_down", self.step_down)):
+            if not 0 < factor < 1:
+                raise ValueError(f"`{name}` of NBA must lie between 0 and 1, got {factor}.")
+        if self.tries < 1 or self.bundle_steps < 0:
+            raise ValueError("`tries` of NBA must be at least 1, and `bundle_steps` at least 0.")
         if not self.stationarity >= 0:
             raise ValueError(f"`stationarity` of NBA must be nonnegative, got {self.stationarity}.")
 
-    def _oracle(self):
-        """The oracle without the error estimate of the hypergradient, which nothing here reads."""
-        return replace(self.oracle, estimate=False) if getattr(self.oracle, "estimate", False) else self.oracle
-
     def init(self, params, batch) -> NBAState:
-        params = linesearch.project(self.projection, params)
-        tol, adjoint_tol = linesearch.first_tolerances(
-            self._oracle(), params, batch, 1e-5, self.tol, self.adjoint_tol
-        )  # fmt: skip
-        warm = self.oracle.init(params, batch)
-        zero = jnp.zeros_like(tol)
+        params = steps.project(self.projection, params)
+        first = steps.first_tolerances(self.asked, params, batch, 1e-5, self.tol, self.adjoint_tol)
         return NBAState(
-            params, warm, tol, adjoint_tol, zero, params, trees.zeros_like(params), jnp.zeros((), jnp.int32)
+            params=params,
+            warm=self.oracle.init(params, batch),
+            tol=first.tol,
+            adjoint_tol=first.adjoint_tol,
+            step=jnp.zeros_like(first.tol),
+            previous=params,
+            previous_grad=trees.zeros_like(params),
+            sharpened=jnp.zeros((), jnp.int32),
         )
 
     @partial(jax.jit, static_argnums=0)
     def step(self, state: NBAState, batch) -> tuple[NBAState, StepInfo]:
-        oracle = self._oracle()
-        tols = {"tol": state.tol, "adjoint_tol": state.adjoint_tol}
-        hg = oracle(state.params, batch, state.warm, **tols)
+        hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         first = self._first(state, hg.grad)
         zero = jnp.zeros((), jnp.int32)
         search = _Search(
-            hg.grad, state.params, hg.warm, first, zero, zero, trees.norm(hg.grad), jnp.asarray(False),
-            jnp.zeros_like(first), hg.status, hg.work,
-        )  # fmt: skip
-
-        final = self.bends + 1 if self.bends else 0
+            direction=hg.grad,
+            trial=state.params,
+            trial_warm=hg.warm,
+            step=first,
+            tries=zero,
+            stage=zero,
+            least=trees.norm(hg.grad),
+            accepted=jnp.asarray(False),
+            taken=jnp.zeros_like(first),
+            status=hg.status,
+            work=hg.work,
+        )
+        final = self.bundle_steps + 1 if self.bundle_steps else 0
 
         def patient(s: _Search):
             short = (s.stage < final) & (trees.norm(s.direction) > 0)
@@ -136,47 +155,51 @@ class NBA:
             steep = trees.norm(hg.grad) > self.stationarity
             return ~s.accepted & steep & (patient(s) | (s.stage < final)) & jnp.isfinite(hg.value)
 
-        def advance(s: _Search) -> _Search:
-            first_again = s._replace(
-                direction=hg.grad, step=self.step_down**SHORT * first, tries=zero, stage=s.stage + 1
-            )  # fmt: skip
-            return jax.lax.cond(
-                patient(s), lambda s: self._try(oracle, state, hg, batch, s),
-                lambda s: jax.lax.cond(
-                    s.stage < self.bends, lambda s: self._bend(oracle, state, first, batch, s), lambda s: first_again, s
-                ), s,
-            )  # fmt: skip
+        def attempt(s: _Search) -> _Search:
+            return self._try(state, hg, batch, s)
 
-        last = jax.lax.while_loop(unfinished, advance, search)
-        return self._finish(state, hg, last)
+        def bundle(s: _Search) -> _Search:
+            return self._bundle(state, first, batch, s)
+
+        def first_again(s: _Search) -> _Search:
+            step = self.step_down**SHORT * first
+            return s._replace(direction=hg.grad, step=step, tries=zero, stage=s.stage + 1)
+
+        def turn(s: _Search) -> _Search:
+            return jax.lax.cond(s.stage < self.bundle_steps, bundle, first_again, s)
+
+        def advance(s: _Search) -> _Search:
+            return jax.lax.cond(patient(s), attempt, turn, s)
+
+        return self._finish(state, hg, jax.lax.while_loop(unfinished, advance, search))
 
     def _first(self, state: NBAState, grad):
-        start = linesearch.first_step(state.params, grad) if self.step_size is None else jnp.asarray(self.step_size)
+        start = steps.first_step(state.params, grad) if self.step_size is None else jnp.asarray(self.step_size)
         if self.search == "trust-region":
             start = start * trees.norm(grad) if self.step_size is None else start
             return jnp.where(state.step > 0, state.step, start)
         length = jnp.where(state.step > 0, state.step, start)
-        bb = linesearch.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, 2 * length)
+        bb = steps.barzilai_borwein(state.params, grad, state.previous, state.previous_grad, 2 * length)
         return jnp.where(state.step > 0, jnp.clip(bb, 0.1 * length, 10 * length), length)
 
-    def _bent(self, state: NBAState, grad):
+    def _curvature(self, state: NBAState, grad):
         """Secant curvature of the value along the last step, 0 where it is negative or unknown."""
         s, y = trees.sub(state.params, state.previous), trees.sub(grad, state.previous_grad)
         squared = trees.squared_norm(s)
         return jnp.where(squared > 0, jnp.maximum(trees.dot(s, y), 0.0) / jnp.where(squared > 0, squared, 1.0), 0.0)
 
-    def _try(self, oracle, state: NBAState, hg: Hypergradient, batch, s: _Search) -> _Search:
+    def _try(self, state: NBAState, hg: Hypergradient, batch, s: _Search) -> _Search:
         length, curvature = s.step, 0.0
         if self.search == "trust-region":
-            size, curvature = trees.norm(s.direction), self._bent(state, hg.grad)
+            size, curvature = trees.norm(s.direction), self._curvature(state, hg.grad)
             length = s.step / jnp.where(size > 0, size, 1.0)
             length = jnp.where(curvature * length > 1, 1 / jnp.where(curvature > 0, curvature, 1.0), length)
-        trial, moved = linesearch.projected_step(self.projection, state.params, s.direction, length)
-        result = oracle.value(trial, batch, s.trial_warm, tol=state.tol)
+        trial, moved = steps.projected_step(self.projection, state.params, s.direction, length)
+        result = self.asked.value(trial, batch, s.trial_warm, tol=state.tol)
         decrease = hg.value - result.value
         predicted = moved / length * (1 - 0.5 * curvature * length)
-        share = self.armijo if self.search == "line" else ACCEPT
-        accepted = (decrease >= share * predicted) & (moved > 0)
+        demanded = self.armijo if self.search == "line" else ACCEPT
+        accepted = (decrease >= demanded * predicted) & (moved > 0)
         step = jnp.where(accepted, s.step, self.step_down * s.step)
         if self.search == "trust-region":
             distance = jnp.sqrt(moved)
@@ -185,26 +208,34 @@ class NBA:
             # a value that is not finite is a poor one
             step = jnp.where(decrease >= POOR * predicted, step, self.step_down * jnp.minimum(distance, s.step))
         return s._replace(
-            trial=trial, trial_warm=trees.where(accepted, result.warm, s.trial_warm), step=step, tries=s.tries + 1,
-            accepted=accepted, taken=length,
+            trial=trial,
+            trial_warm=trees.where(accepted, result.warm, s.trial_warm),
+            step=step,
+            tries=s.tries + 1,
+            accepted=accepted,
+            taken=length,
             status=jnp.maximum(s.status, jnp.where(accepted, result.status, Status.CONVERGED)),
             work=s.work + result.work,
-        )  # fmt: skip
+        )
 
-    def _bend(self, oracle, state: NBAState, first, batch, s: _Search) -> _Search:
+    def _bundle(self, state: NBAState, first, batch, s: _Search) -> _Search:
         """Take in the hypergradient at the last trial, and start again."""
-        near = oracle(s.trial, batch, s.trial_warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
+        near = self.asked(s.trial, batch, s.trial_warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         towards = trees.sub(near.grad, s.direction)
         squared = trees.squared_norm(towards)
-        share = -trees.dot(s.direction, towards) / jnp.where(squared > 0, squared, 1.0)
-        mixed = trees.add_scaled(s.direction, jnp.clip(share, 0.0, 1.0), towards)
-        direction = trees.where(jnp.isfinite(squared), mixed, s.direction)
+        weight = -trees.dot(s.direction, towards) / jnp.where(squared > 0, squared, 1.0)
+        shortest = trees.add_scaled(s.direction, jnp.clip(weight, 0.0, 1.0), towards)
+        direction = trees.where(jnp.isfinite(squared), shortest, s.direction)
+        # a direction of 0 is a minimum at this distance: only shorter steps can tell
+        stage = jnp.where(trees.norm(direction) > 0, s.stage + 1, self.bundle_steps).astype(jnp.int32)
         return s._replace(
-            direction=direction, step=first, tries=jnp.zeros_like(s.tries),
-            # a minimum at this distance: only shorter steps can tell
-            stage=jnp.where(trees.norm(direction) > 0, s.stage + 1, self.bends).astype(jnp.int32),
-            least=jnp.minimum(s.least, trees.norm(direction)), work=s.work + near.work,
-        )  # fmt: skip
+            direction=direction,
+            step=first,
+            tries=jnp.zeros_like(s.tries),
+            stage=stage,
+            least=jnp.minimum(s.least, trees.norm(direction)),
+            work=s.work + near.work,
+        )
 
     def _finish(self, state: NBAState, hg: Hypergradient, s: _Search) -> tuple[NBAState, StepInfo]:
         accepted = s.accepted
@@ -223,11 +254,9 @@ class NBA:
             previous_grad=trees.where(accepted, hg.grad, state.previous_grad),
             sharpened=jnp.where(accepted, 0, state.sharpened + 1).astype(jnp.int32),
         )
-        info = linesearch.step_info(
-            hg, step=jnp.where(accepted, s.taken, 0.0), tol=state.tol, adjoint_tol=state.adjoint_tol, work=s.work,
-            status=s.status, done=done,
-        )  # fmt: skip
-        return following, info._replace(grad_norm=s.least)
+        step = jnp.where(accepted, s.taken, 0.0)
+        info = self.report(hg, state, step=step, work=s.work, status=s.status, done=done, grad_norm=s.least)
+        return following, info
 
 
 def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=1e-8):
@@ -282,3 +311,7 @@ def _least_on_simplex(gram):
     start = jnp.full((count,), 1.0 / count, gram.dtype)
     first = (start, start, jnp.ones((), gram.dtype), start @ gram @ start)
     return jax.lax.fori_loop(0, SIMPLEX_STEPS, move, first)[3]
+
+
+def __dir__():
+    return __all__

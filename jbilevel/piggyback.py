@@ -1,164 +1,33 @@
-"""Piggyback: hypergradients and differentiable saddle points by a second primal-dual iteration for the adjoint.
-
-For (x, y) = argmin_x max_y <K x, y> + g(x) - f*(y) the adjoint (X, Y) solves the saddle point problem of the quadratic
-model there (papers 3 (AS) and its Algorithms 1-2): G X + K*Y = -grad_x l, F Y - K X = grad_y l, with G, F the Hessians
-of g, f*. No Hessian is formed: with x = prox_g(p) and y = prox_f*(r), one step of the method applies the VJPs of these
-proxes at the same arguments p, r, and multiplying by them also gives the gradient through the parameters of a prox.
-"""
+"""Piggyback: hypergradients and differentiable saddle points by a second primal-dual iteration for the adjoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
+from jbilevel._oracle.base import require_view
+from jbilevel._oracle.pipeline import AdjointOracle
+from jbilevel._oracle.saddle_system import SaddleLower
+from jbilevel._oracle.simultaneous import SimultaneousLower
+from jbilevel._oracle.solution import Spec, once, solution_map
+from jbilevel._views.base import Problem
+from jbilevel._views.saddle import SaddleView
+from jbilevel.solvers.pdhg import PDHG
 
-from jbilevel import errors, trees
-from jbilevel.implicit import after_correction, as_cotangents, leaf_gradients, solution_map
-from jbilevel.oracle import BatchOracle, Points, Sample
-from jbilevel.problems import trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work, guard
-from jbilevel.saddle import SaddleProblem, SaddleView
-from jbilevel.saddle_system import Arguments, Frozen, arguments, measure, newton_step, pairing
-from jbilevel.solvers import PDHG
-from jbilevel.solvers.loop import Solution, full_float32, run
+__all__ = ["MODES", "Oracle", "saddle_point"]
 
-MODES = ("sequential", "simultaneous")
+MODES = {"sequential": SaddleLower, "simultaneous": SimultaneousLower}
 
 
-# ------------------------------------------------------------------------------------------------------------- solves
-
-
-class Solved(NamedTuple):
-    """A lower-level solution with its adjoint."""
-
-    pair: Any
-    element: Any
-    frozen: Frozen
-    tau: Any
-    sigma: Any
-    lower: SolveInfo
-    adjoint: Any  # (X, Y)
-    defect: Any
-    slopes: Any
-    info: SolveInfo  # of the adjoint
-
-
-def _freeze(view: SaddleView, solver: PDHG, solution: Solution):
-    """The derivative at a solution, with the steps of the adjoint (of the first iteration: they do not shrink)."""
-    tau, sigma = replace(solver, accelerate=False).steps(view, solution.state.norm)
-    p, r = arguments(view, solution.x, solution.gradient, tau, sigma)
-    return Frozen.at(view, p, r, tau, sigma), tau, sigma
-
-
-def _sequential(view: SaddleView, solver: PDHG, loss_gradient, warm: Warm, tol, adjoint_tol, limits) -> Solved:
-    """Paper 3, Algorithm 2: the saddle point to tol, then its adjoint to adjoint_tol."""
-    solution = run(solver, view, warm.x, tol, limits[0])
-    frozen, tau, sigma = _freeze(view, solver, solution)
-    slopes = loss_gradient(solution.x)
-    adjoint = run(solver, frozen.adjoint_view(slopes, tau, sigma), warm.adjoint, adjoint_tol, limits[1])
-    return Solved(
-        solution.x, solution.gradient, frozen, tau, sigma, solution.info, adjoint.x, adjoint.gradient, slopes,
-        adjoint.info,
-    )  # fmt: skip
-
-
-class _JointView(NamedTuple):
-    """A saddle problem together with its moving adjoint; residuals count in units of their tolerances."""
-
-    view: SaddleView
-    loss_gradient: Callable
-    targets: tuple
-
-    tolerance_scale = 1.0
-
-    def single(self, x):
-        return None
-
-    def error_bound(self, residual):
-        return jnp.full_like(residual, jnp.inf)
-
-
-class _JointState(NamedTuple):
-    x: Any
-    gradient: Any
-    residual: Any
-    curvature: Any
-    evaluations: Work
-    failure: Any
-    lower: Any
-    adjoint: Any
+def _require(problem, solver, name: str, instead: str) -> None:
+    require_view(problem, SaddleView, name, "jb.SaddleProblem", instead)
+    if not isinstance(solver, PDHG):
+        raise TypeError(f"`solver` of {name} must be a PDHG, got {type(solver).__name__}.")
 
 
 @dataclass(frozen=True)
-class _Joint:
-    """``stride`` iterations for the saddle point and as many for the adjoint at it, in turn (Bogensperger
-    et al. 2022)."""
-
-    solver: PDHG
-
-    patience = PDHG.patience
-
-    @property
-    def stride(self):
-        return self.solver.stride
-
-    def init(self, joint: _JointView, x0, target) -> _JointState:
-        lower = self.solver.init(joint.view, x0[0], target)
-        adjoint = self.solver.init(self._adjoint_view(joint, lower), x0[1], target)
-        return self._together(joint, lower, adjoint)
-
-    def step(self, joint: _JointView, state: _JointState, target) -> _JointState:
-        lower = self.solver.step(joint.view, state.lower, target)
-        adjoint = self.solver.step(self._adjoint_view(joint, lower), state.adjoint, target)
-        return self._together(joint, lower, adjoint)
-
-    def _adjoint_view(self, joint: _JointView, lower) -> SaddleView:
-        frozen, tau, sigma = _freeze(joint.view, self.solver, Solution(lower.x, lower.gradient, None, lower))
-        return frozen.adjoint_view(joint.loss_gradient(lower.x), tau, sigma)
-
-    def _together(self, joint: _JointView, lower, adjoint) -> _JointState:
-        pair = (lower.x, adjoint.x)
-        residual = jnp.maximum(lower.residual / joint.targets[0], adjoint.residual / joint.targets[1])
-        units = [s.curvature * trees.norm(s.x) / t for s, t in zip((lower, adjoint), joint.targets, strict=True)]
-        size = trees.norm(pair)
-        curvature = jnp.maximum(*units) / jnp.where(size > 0, size, 1.0)
-        work = lower.evaluations.join(adjoint.evaluations)
-        gradient = (lower.gradient, adjoint.gradient)
-        return _JointState(pair, gradient, residual, curvature, work, lower.failure, lower, adjoint)
-
-
-def _simultaneous(view: SaddleView, solver: PDHG, loss_gradient, warm: Warm, tol, adjoint_tol, limits) -> Solved:
-    """Both at once: the adjoint follows a saddle point that still moves."""
-    dtype = trees.dtype(warm.x)
-    least = jnp.finfo(dtype).tiny ** 0.5  # tol = 0 asks for the precision of the dtype
-    targets = tuple(jnp.maximum(jnp.asarray(t, dtype), least) for t in (tol * view.tolerance_scale, adjoint_tol))
-    joint = _JointView(view, loss_gradient, targets)
-    # an infinite tolerance asks for nothing
-    last = run(_Joint(solver), joint, (warm.x, warm.adjoint), jnp.ones((), dtype), max(limits))
-    lower, adjoint = last.state.lower, last.state.adjoint
-
-    def info(state, target) -> SolveInfo:
-        met = (state.residual <= target) & (last.info.status != Status.NORM_BOUND)
-        status = jnp.where(met, Status.CONVERGED, last.info.status).astype(jnp.int32)
-        return SolveInfo(status, last.info.steps, state.residual, view.error_bound(state.residual), state.evaluations)
-
-    frozen, tau, sigma = _freeze(view, solver, Solution(lower.x, lower.gradient, None, lower))
-    return Solved(
-        lower.x, lower.gradient, frozen, tau, sigma, info(lower, targets[0]), adjoint.x, adjoint.gradient,
-        loss_gradient(lower.x), info(adjoint, targets[1]),
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- oracle
-
-
-@dataclass(frozen=True)
-class Oracle(BatchOracle):
-    """Hypergradient oracle of a saddle-point lower level by piggyback (paper 3, Algorithm 2).
+class Oracle(AdjointOracle):
+    """Hypergradient oracle of a saddle-point lower level by piggyback (Bogensperger et al. 2024, Algorithm 2).
 
     Args:
       problem: `SaddleProblem`. loss: ``loss(params, (x, y), data) -> scalar`` for one sample.
@@ -170,167 +39,30 @@ class Oracle(BatchOracle):
       estimate: compute ``error`` (by the same step) when correct is False; otherwise it is inf.
       error_steps: MINRES steps in each of the two systems of that Newton step; one costs one K and one K*.
       loss_smoothness: Lipschitz constant of the gradient of the loss in (x, y), for proven bounds.
-      in_axes, on_failure, chunk: see `BatchOracle`; max_steps, max_adjoint_steps: limits of the two solves.
+      in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_adjoint_steps: limits of the two solves.
 
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
     ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
     problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
     """
 
-    problem: SaddleProblem
-    loss: Callable
     mode: str = "sequential"
     solver: PDHG = PDHG()
-    correct: bool = False
-    estimate: bool = True
-    error_steps: int = 20
-    loss_smoothness: float | None = None
-    in_axes: Any = 0
-    on_failure: str = "nan"
-    chunk: int | str | None = "auto"
-    max_steps: int = 5000
     max_adjoint_steps: int = 5000
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.problem, SaddleProblem):
-            kind = type(self.problem).__name__
-            raise TypeError(f"piggyback needs a jb.SaddleProblem, got {kind}; smooth problems go to jb.implicit.")
+        _require(self.problem, self.solver, "jb.piggyback.Oracle", "smooth problems go to jb.implicit")
         if self.mode not in MODES:
-            raise ValueError(f"`mode` must be one of {MODES}, got {self.mode!r}.")
-        if not isinstance(self.solver, PDHG):
-            raise TypeError(f"`solver` of a piggyback oracle must be a PDHG, got {type(self.solver).__name__}.")
-        if self.error_steps < 2:
-            raise ValueError(f"`error_steps` must be at least 2, got {self.error_steps}.")
-        if self.loss_smoothness is not None and not self.loss_smoothness >= 0:
-            raise ValueError(f"`loss_smoothness` must be nonnegative, got {self.loss_smoothness}.")
+            raise ValueError(f"`mode` must be one of {tuple(MODES)}, got {self.mode!r}.")
 
     @property
-    def corrects(self) -> bool:
-        return self.correct or self.estimate
-
-    def missing(self, certified: bool) -> str | None:
-        if not certified:
-            return None
-        for name in ("mu_primal", "mu_dual"):
-            value = getattr(self.problem, name)
-            if not callable(value) and value == 0:
-                return f"a positive `{name}` to the problem (without one nothing is proven)"
-        return "`loss_smoothness` to the oracle" if self.loss_smoothness is None else None
-
-    def _start(self, params, data) -> Warm:
-        x0 = self.problem.start(params, data)
-        return Warm(x0, trees.zeros_like(x0))
-
-    def _view(self, params, data, warm: Warm) -> SaddleView:
-        self.problem.validate(params, data, warm.x)
-        trace_scalar(self.loss, "loss", params, warm.x, data)
-        return self.problem.at(params, data)
-
-    def _value(self, params, data, warm: Warm, tol) -> Sample:
-        view = self._view(params, data, warm)
-        solution = run(self.solver, view, warm.x, tol, self.max_steps)
-        value, slopes = jax.value_and_grad(self.loss, 1)(params, solution.x, data)
-        # of a given (X, Y), not of cotangents: G X by the difference of two VJPs is not at hand, so one step is taken
-        frozen, tau, sigma = _freeze(view, self.solver, solution)
-        one = run(self.solver, frozen.adjoint_view(slopes, tau, sigma), warm.adjoint, jnp.inf, 0)
-        lower = solution.info._replace(evaluations=solution.info.evaluations.join(one.info.evaluations))
-        likely, spent = self._distance(frozen, solution.gradient, lower.error)
-        lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
-        unknown = jnp.full_like(lower.error, jnp.inf)
-        zero = jnp.zeros_like(lower.error)
-        return self._report(
-            params, data, view, value, slopes, solution.x, solution.gradient, one.x, one.gradient, likely, lower, lower,
-            unknown, zero, Warm(solution.x, warm.adjoint),
-        )  # fmt: skip
-
-    def _sample(self, params, data, warm: Warm, tol, adjoint_tol):
-        view = self._view(params, data, warm)
-        loss = lambda pair: self.loss(params, pair, data)  # noqa: E731
-        solve = _sequential if self.mode == "sequential" else _simultaneous
-        limits = (self.max_steps, self.max_adjoint_steps)
-        solved = solve(view, self.solver, jax.grad(loss), warm, tol, adjoint_tol, limits)
-        pair, element, frozen, tau, sigma, lower, adjoint, defect, slopes, info = solved
-        c = frozen.cotangents(adjoint, defect, slopes)
-        plain = Arguments(frozen.p, frozen.r, c, tau, sigma)
-        points, left = Points(plain), jnp.zeros_like(lower.residual)
-        if self.corrects:
-            step = newton_step(frozen, jax.grad(loss), c, self.error_steps, tau, sigma)
-            left, info = step.left, info._replace(evaluations=info.evaluations.plus(products=step.products))
-            points = Points(plain, step.halfway if self.correct else None, step.arguments)
-        if self.correct:
-            frozen, element, defect = step.frozen, step.element, step.defect
-            pair, adjoint = (frozen.x, frozen.y), frozen.lift(step.arguments.cotangents)
-            lower = after_correction(lower, measure(view, element), tol * view.tolerance_scale)
-            lower = lower._replace(error=view.error_bound(lower.residual))
-            info = after_correction(info, measure(view, defect), adjoint_tol)
-            info = info._replace(error=view.error_bound(info.residual))
-        likely, spent = self._distance(frozen, element, lower.error)
-        lower = lower._replace(evaluations=lower.evaluations.plus(products=spent))
-        value, slopes = jax.value_and_grad(loss)(pair)
-        norms = self._norms(view, pair, element, adjoint, defect)
-        constants = self.problem.known_constants(params, data)
-        direct = errors.depends_on_params(self.loss, params, pair, data)
-        sees_dual = _sees_dual(self.loss, params, pair, data)
-        bound = errors.saddle_certificate(view, constants, self.loss_smoothness, sees_dual, norms, direct)
-        sample = self._report(
-            params, data, view, value, slopes, pair, element, adjoint, defect, likely, lower, info, bound, left,
-            Warm(pair, adjoint),
-        )  # fmt: skip
-        return sample, points
-
-    def _distance(self, frozen: Frozen, element, proven):
-        """Estimated distances of (x, y) from exact, and what they cost: twice the length of a short Newton step."""
-        steps = errors.DISTANCE_STEPS
-        c, _, spent = frozen.improve(trees.zeros_like(element), element, steps, frozen.enough(element))
-        first, second = (2 * trees.norm(part) for part in frozen.lift(c))
-        return (jnp.minimum(first, proven), second), spent
-
-    def _norms(self, view, pair, element, adjoint, defect) -> errors.SaddlePair:
-        sizes = [tuple(trees.norm(part) for part in parts) for parts in (pair, adjoint, defect, element)]
-        return errors.SaddlePair(*sizes[:3], view.bounds(*sizes[3]))
-
-    def _report(
-        self, params, data, view, value, slopes, pair, element, adjoint, defect, likely, lower, info, gradient_bound,
-        left, warm,
-    ) -> Sample:  # fmt: skip
-        shift = trees.dot(adjoint[1], element[1]) - trees.dot(adjoint[0], element[0])
-        norms = self._norms(view, pair, element, adjoint, defect)
-        sees_dual = _sees_dual(self.loss, params, pair, data)
-        rest = errors.saddle_value_errors(
-            self.problem.known_constants(params, data), self.loss_smoothness,
-            tuple(trees.norm(part) for part in slopes), sees_dual, shift, norms, likely,
-        )  # fmt: skip
-        bound = rest.bound_corrected if self.correct else rest.bound
-        gradient_bound = jnp.asarray(gradient_bound, bound.dtype)
-        return Sample(value, rest.shift, rest.estimate, bound, gradient_bound, left, warm, lower, info)
-
-    def _surrogate(self, params, data, point: Arguments):
-        view = self.problem.at(params, data)
-        frozen = Frozen.at(view, *(jax.lax.stop_gradient(part) for part in (point.p, point.r, point.tau, point.sigma)))
-        pair = jax.lax.stop_gradient((frozen.x, frozen.y))
-        return self.loss(params, pair, data) + pairing(view, point)
-
-
-def _sees_dual(loss, params, pair, data) -> bool:
-    """Whether ``loss`` uses y (conservatively: reading a leaf of it counts)."""
-    return errors.depends_on_params(lambda y, x, data: loss(params, (x, y), data), pair[1], pair[0], data)
-
-
-# --------------------------------------------------------------------------------------------- differentiable solution
-
-
-@dataclass(frozen=True)
-class _Spec:
-    problem: SaddleProblem
-    solver: PDHG
-    on_failure: str
-    max_steps: int
-    max_adjoint_steps: int
+    def lower(self) -> SaddleLower:
+        return MODES[self.mode](self.problem, self.solver, self.max_steps, self.max_adjoint_steps)
 
 
 def saddle_point(
-    problem: SaddleProblem,
+    problem: Problem,
     *,
     solver: PDHG | None = None,
     on_failure: str = "raise",
@@ -361,52 +93,10 @@ def saddle_point(
     >>> bool(jnp.isclose(gradient, -0.75, atol=1e-4))
     True
     """
-    if not isinstance(problem, SaddleProblem):
-        raise TypeError(f"saddle_point needs a jb.SaddleProblem, got {type(problem).__name__}; see jb.implicit.argmin.")
     solver = PDHG() if solver is None else solver
-    return solution_map(_saddle_point, _Spec(problem, solver, on_failure, max_steps, max_adjoint_steps), with_info)
+    _require(problem, solver, "jb.piggyback.saddle_point", "see jb.implicit.argmin")
+    return solution_map(once, Spec(SaddleLower(problem, solver, max_steps, max_adjoint_steps), on_failure), with_info)
 
 
-@partial(jax.jit, static_argnums=0)
-@full_float32
-def _forward_solve(spec: _Spec, params, data, x0, tol):
-    view = spec.problem.at(params, data)
-    solution = run(spec.solver, view, x0, tol, spec.max_steps)
-    return solution.x, (solution.gradient, solution.state.norm), solution.info
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _saddle_point(spec: _Spec, params, data, x0, tol, adjoint_tol):
-    return _saddle_point_forward(spec, params, data, x0, tol, adjoint_tol)[0]
-
-
-def _saddle_point_forward(spec: _Spec, params, data, x0, tol, adjoint_tol):
-    pair, kept, info = _forward_solve(spec, params, data, x0, tol)
-    pair = guard(pair, info, spec.on_failure, "the lower-level solve")
-    return (pair, info), (params, data, pair, kept, adjoint_tol)
-
-
-def _saddle_point_backward(spec: _Spec, kept, cotangents):
-    params, data, pair, (element, norm), adjoint_tol = kept
-    gradients, info = _pull_back(spec, params, data, pair, element, norm, cotangents[0], adjoint_tol)
-    gradients = guard(gradients, info, spec.on_failure, "the adjoint solve")
-    return *as_cotangents(gradients, params, data), None, None, None
-
-
-@partial(jax.jit, static_argnums=0)
-@full_float32
-def _pull_back(spec: _Spec, params, data, pair, element, norm, cotangent, adjoint_tol):
-    """Gradient of <cotangent, (x, y)> in each leaf of (params, data), None for integer leaves."""
-    view = spec.problem.at(params, data)
-    tau, sigma = replace(spec.solver, accelerate=False).steps(view, norm)
-    frozen = Frozen.at(view, *arguments(view, pair, element, tau, sigma), tau, sigma)
-    start = trees.zeros_like(pair)
-    adjoint_view = frozen.adjoint_view(cotangent, tau, sigma)
-    adjoint = run(spec.solver, adjoint_view, start, adjoint_tol, spec.max_adjoint_steps)
-    c = frozen.cotangents(adjoint.x, adjoint.gradient, cotangent)
-    arguments_at = Arguments(frozen.p, frozen.r, c, tau, sigma)
-    gradients = leaf_gradients(lambda *at: pairing(spec.problem.at(*at), arguments_at), params, data)
-    return gradients, adjoint.info
-
-
-_saddle_point.defvjp(_saddle_point_forward, _saddle_point_backward)
+def __dir__():
+    return __all__

@@ -15,7 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel import trees
+from jbilevel._core import trees
+
+__all__ = [
+    "ball",
+    "box",
+    "check_prox",
+    "conjugate",
+    "divided",
+    "group",
+    "huber",
+    "huber_conjugate",
+    "root",
+    "root_conjugate",
+    "same_output",
+    "smoothed_relu",
+    "smoothed_relu_conjugate",
+    "smoothed_relu_epigraph",
+    "soft",
+    "squared_distance",
+    "squared_distance_conjugate",
+    "times",
+]
 
 FEW = 4  # members of a group that are split: XLA is slow at short reductions and their transposes on a CPU
 HALLEY_STEPS = 3
@@ -141,8 +162,8 @@ def _root_split(a, b, c):
         return (a * inverse + b) * u - c, slope, -3.0 * a * u * inverse**5
 
     def halley(u):
-        value, slope, bend = terms(u)
-        return u - 2.0 * value * slope / (2.0 * slope**2 - value * bend)
+        value, slope, second = terms(u)
+        return u - 2.0 * value * slope / (2.0 * slope**2 - value * second)
 
     def newton(u):
         value, slope, _ = terms(u)
@@ -162,7 +183,10 @@ def _root_split(a, b, c):
 
 
 def smoothed_relu(v, step, weight=1.0, width=0.01):
-    """Prox of weight sum psi(x), psi(t) = 0, t^2/(2 width), t - width/2 for t <= 0, < width, beyond (paper 3, (31))."""
+    """Prox of weight sum psi(x), psi(t) = 0, t^2/(2 width), t - width/2 for t <= 0, < width, beyond.
+
+    Bogensperger et al. 2024 (bogensperger_piggyback_maid_2024), (31).
+    """
     threshold = step * weight
     middle = v / (1.0 + threshold / width)
     return jnp.where(v <= 0, v, jnp.where(v > width + threshold, v - threshold, middle))
@@ -178,7 +202,7 @@ def smoothed_relu_epigraph(s, t, width=0.01):
 
     Closed form but for the curved part of the boundary, where p is the root in (0, width) of
     p^3/(2 width^2) + (1 - t/width) p - s, found by Newton's method from its right, where the cubic is convex: it needs
-    no safeguard (paper 3, (32); Wong, Ehrhardt & Mukherjee 2024).
+    no safeguard (Bogensperger et al. 2024, bogensperger_piggyback_maid_2024, (32); Wong, Ehrhardt & Mukherjee 2024).
 
     >>> import jax.numpy as jnp
     >>> p, q = smoothed_relu_epigraph(jnp.array([-1.0, 3.0]), jnp.array([-1.0, 0.0]), 1.0)
@@ -259,12 +283,14 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
         ahead, behind = (apply(trees.add_scaled(point, sign * h, direction)) for sign in (1, -1))
         difference = trees.scale(0.5 / h, trees.sub(ahead, behind))
         size = jnp.sqrt(weighted(direction, direction) * weighted(other, other))
-        return jnp.stack([
-            (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
-            jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
-            jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
-            trees.norm(trees.sub(difference, change)) / trees.norm(direction),
-        ])  # fmt: skip
+        return jnp.stack(
+            [
+                (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
+                jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
+                jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
+                trees.norm(trees.sub(difference, change)) / trees.norm(direction),
+            ]
+        )
 
     rng = np.random.default_rng(seed)
     noise = lambda size: jax.tree.map(  # noqa: E731
@@ -297,3 +323,7 @@ def same_output(out, v, name: str) -> None:
             raise TypeError(
                 f"{name} must return the dtype {jnp.result_type(b)}{where and f' at {where}'}, got {a.dtype}."
             )
+
+
+def __dir__():
+    return __all__

@@ -1,15 +1,14 @@
 """Reconstruction for a task: the lower level reconstructs, the upper level is the loss of what a network makes of it.
 
 min over theta (and leaves of T) of mean_i loss(T(x_hat_i(theta)), s_i), x_hat_i(theta) the solution of any lower-level
-problem for the measurement y_i alone; s_i are labels (papers 0 and 1).
+problem for the measurement y_i alone; s_i are labels (Adler et al. 2022; Kadagala 2025).
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jbilevel import explicit, implicit, nonsmooth, piggyback
-from jbilevel.alternating import Alternating
+from jbilevel import explicit
+from jbilevel._core.partition import combine, partition
+from jbilevel._core.results import check
+from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
+from jbilevel._training.batches import is_changing, mapped
+from jbilevel._views.base import Problem
+from jbilevel.alternating import Alternating, Batches
 from jbilevel.first_order import FirstOrder
-from jbilevel.fit import FitResult, fit
 from jbilevel.maid import MAID
-from jbilevel.partition import combine, partition
-from jbilevel.problems import require_hashable, trace_scalar, validate_arrays
-from jbilevel.results import check
-from jbilevel.saddle import SaddleProblem
 from jbilevel.solvers import solve
-from jbilevel.sparse import WeightedL1Problem
-from jbilevel.variational import image_of
+from jbilevel.training import FitResult, fit
+
+__all__ = ["FROZEN", "Pipeline", "TaskAdapted", "rates", "reconstruct", "task_adapted"]
 
 FROZEN = "frozen"  # where the leaves of the network that do not learn are in a batch
 
@@ -56,10 +56,10 @@ class Pipeline:
     labels: str = "labels"
 
     def __post_init__(self):
-        for name in ("task", "loss"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"`{name}` must be a function, got {type(getattr(self, name)).__name__}.")
-        if not hasattr(self.problem, "at"):
+        for name, function in (("task", self.task), ("loss", self.loss)):
+            if not callable(function):
+                raise TypeError(f"`{name}` must be a function, got {type(function).__name__}.")
+        if not isinstance(self.problem, Problem):
             kind = type(self.problem).__name__
             raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {kind}.")
         if self.labels in self._keys():
@@ -71,15 +71,13 @@ class Pipeline:
 
     @property
     def lower(self):
-        functions = {f.name: getattr(self.problem, f.name) for f in fields(self.problem)}
-        inner = {name: _Inner(v, self.measured) for name, v in functions.items() if callable(v)}
-        return replace(self.problem, **inner)
+        return _Lower(self.problem, self.measured)
 
     def picture(self, x):
         """What the task sees of a lower-level solution."""
         if self.image is not None:
             return self.image(x)
-        return image_of(x) if isinstance(self.problem, SaddleProblem) else x
+        return self.problem.image(x)
 
     def output(self, task_params, x, data):
         """T of a picture, with ``task_params`` the leaves that learn."""
@@ -109,9 +107,7 @@ class Pipeline:
         slower inside a loop.
         """
         axes = {name: None if name == FROZEN else 0 for name in names}
-        kinds = {SaddleProblem: piggyback.Oracle, WeightedL1Problem: nonsmooth.Oracle}
-        kind = next((kinds[c] for c in kinds if isinstance(self.problem, c)), implicit.Oracle)
-        return kind(self.lower, self, in_axes=axes, **({"chunk": None} | settings))
+        return self.lower.oracle(self, in_axes=axes, **({"chunk": None} | settings))
 
     def inspect(self, params, batch) -> None:
         """Say at once what would otherwise end in NaN or in a hypergradient of zero.
@@ -145,8 +141,9 @@ class Pipeline:
                 "the loss does not change with the reconstruction, where solves start, so the hypergradient of the "
                 "regulariser is zero: `loss` ignores the output of `task`, or `task` rounds, takes an argmax or stops "
                 "gradients.",
-                UserWarning, stacklevel=3,
-            )  # fmt: skip
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _traced(self, params, x, sample):
         """Shapes of T(x) for one sample, after making sure that it and the loss can be differentiated."""
@@ -180,21 +177,42 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Inner:
-    """A function of the lower level on the params and data of the whole pipeline."""
+class _Lower(Problem):
+    """The lower level on the params and data of the whole pipeline."""
 
-    function: Callable
+    problem: Problem
     measured: str | tuple[str, ...]
 
-    def __call__(self, params, *rest):
-        if not rest:  # the weights of a weighted l1 problem depend on params alone
-            return self.function(params["regularizer"])
-        *between, data = rest
-        seen = data[self.measured] if isinstance(self.measured, str) else {name: data[name] for name in self.measured}
-        return self.function(params["regularizer"], *between, seen)
+    @property
+    def view_type(self):
+        return self.problem.view_type
+
+    def _seen(self, data):
+        return data[self.measured] if isinstance(self.measured, str) else {name: data[name] for name in self.measured}
+
+    def view(self, params, data):
+        return self.problem.view(params["regularizer"], self._seen(data))
+
+    def start(self, params, data):
+        return self.problem.start(params["regularizer"], self._seen(data))
 
     def check(self, params) -> None:
-        getattr(self.function, "check", lambda params: None)(params["regularizer"])
+        self.problem.check(params["regularizer"])
+
+    def validate(self, params, data, x0=None) -> None:
+        self.problem.validate(params["regularizer"], self._seen(data), x0)
+
+    def default_solver(self):
+        return self.problem.default_solver()
+
+    def oracle(self, loss, **options):
+        return replace(self.problem.oracle(loss, **options), problem=self)
+
+    def image(self, x):
+        return self.problem.image(x)
+
+    def lacks(self) -> str | None:
+        return self.problem.lacks()
 
 
 @dataclass(frozen=True)
@@ -229,10 +247,10 @@ def _first(pipeline: Pipeline, params, x, batch):
 class TaskAdapted:
     """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`."""
 
-    regularizer: Any
-    task: Any
+    regularizer: Any = field(repr=False)
+    task: Any = field(repr=False)
     fit: FitResult
-    pipeline: Pipeline
+    pipeline: Pipeline = field(repr=False)
 
     def reconstruct(self, batch, *, tol=1e-3):
         """Pictures of a batch of measurements; `ConvergenceError` where a solve fails. Labels are not needed."""
@@ -254,7 +272,16 @@ def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=1e-3):
 
 def rates(**optimizers) -> optax.GradientTransformation:
     """One optax optimiser for each part of params: ``rates(regularizer=optax.adam(0.1), task=optax.adam(1e-3))``."""
-    return optax.multi_transform(optimizers, {name: name for name in optimizers})
+    transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
+    return optax.multi_transform(transforms, {name: name for name in optimizers})
+
+
+DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
+
+
+def _default_method(changing: bool) -> Callable:
+    """``oracle -> method``: one that compares values only where they can be compared."""
+    return partial(FirstOrder, optimizer=DEFAULT_RATES) if changing else MAID
 
 
 def task_adapted(
@@ -267,7 +294,7 @@ def task_adapted(
     batches,
     steps: int,
     finetune=None,
-    method: Callable = MAID,
+    method: Callable | None = None,
     projection: Callable | None = None,
     alternate: optax.GradientTransformation | None = None,
     task_steps: int = 1,
@@ -294,7 +321,8 @@ def task_adapted(
       finetune: which leaves of T learn too, as for `partition`: ``(path, leaf) -> bool``, a tree of bools, or
         ``UNet.last(2)``. None: T stays as it is.
       method: ``(oracle) -> method``: `MAID`, `HOAG`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. Fine-tuning
-        wants learning rates of its own for T: `task.rates`, or ``alternate``.
+        wants learning rates of its own for T: `task.rates`, or ``alternate``. None: `MAID` on a full batch; where
+        batches change, Adam with the rates 0.1 of theta and 1e-3 of T.
       projection: of theta onto a feasible set, e.g. ``R.project`` or a box, `prox.box`.
       alternate: an optax optimiser of T. Each step then takes ``task_steps`` of its steps on the reconstructions as
         they are, without any further lower-level solve, and one step of ``method`` in theta alone. None: ``method``
@@ -311,7 +339,7 @@ def task_adapted(
       ValueError: ``finetune`` selects nothing; a batch lacks an entry; labels are no classes. TypeError: the task has
         no derivative. Warns where the loss does not depend on the reconstruction.
 
-    Reference: Crockett & Fessler, Bilevel methods for image reconstruction, 2022 (IFT and HOAG, as in paper 0).
+    Reference: Adler, Lunz, Verdier, Schönlieb & Öktem, Task adapted reconstruction for inverse problems, 2022.
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> R = jb.regularizers.SmoothedTV(eps=0.1)
@@ -322,19 +350,19 @@ def task_adapted(
     >>> bool(found.fit.history["value"][-1] < found.fit.history["value"][0]), found.regularizer.shape
     (True, (1,))
     """
-    pipeline = Pipeline(problem, task, loss, image, measured, labels)
+    pipeline = Pipeline(problem, task, loss, image=image, measured=measured, labels=labels)
     params, frozen = pipeline.split(regularizer, task_params, finetune)
     if alternate is not None and finetune is None:
         raise ValueError("`alternate` moves leaves of the task network: say which in `finetune`.")
-    first, batches = _with_frozen(batches, frozen)
+    first, batches = mapped(batches, partial(_with_frozen, frozen=frozen))
     pipeline.inspect(params, first)
     joint = pipeline.oracle(first, **(oracle or {}))
     feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
-    chosen = method(joint, **feasible)
+    chosen = (method or _default_method(is_changing(batches)))(joint, **feasible)
     if alternate is not None:
         parts = {"x": 0, "labels": 0, FROZEN: None}
         network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)
-        chosen = Alternating(joint, chosen, network, _Pictures(pipeline), task_steps)
+        chosen = Alternating(joint, chosen, network, batches=_Turns(pipeline), task_steps=task_steps)
     result = fit(chosen, params, batches, steps=steps, **settings)
     return TaskAdapted(result.params["regularizer"], combine(result.params["task"], frozen), result, pipeline)
 
@@ -350,38 +378,27 @@ class _OnPictures:
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """What `Alternating` has to know: the batch of the network, and the batch with T at rest."""
+class _Turns(Batches):
+    """The batch of the network, with pictures in it, and the batch with T at rest."""
 
     pipeline: Pipeline
 
-    def seen(self, x, batch):
+    def of_task(self, x, batch):
         pictures = jax.vmap(self.pipeline.picture)(x)
         return {"x": pictures, "labels": batch[self.pipeline.labels], FROZEN: batch[FROZEN]}
 
-    def rest(self, task_params, batch):
+    def of_reconstruction(self, task_params, batch):
         return batch | {FROZEN: combine(task_params, batch[FROZEN])}
 
 
-def _with_frozen(batches, frozen):
-    """(the first batch, batches) with the frozen leaves beside the samples."""
+def _with_frozen(batch, frozen):
+    """The batch with the frozen leaves beside the samples."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}.")
+    if FROZEN in batch:
+        raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
+    return dict(batch) | {FROZEN: frozen}
 
-    def extended(batch):
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"batches must be mappings with entries such as 'y' and 'labels', got {type(batch).__name__}."
-            )
-        if FROZEN in batch:
-            raise ValueError(f"the entry {FROZEN!r} of a batch is kept for the task network; give yours another name.")
-        return dict(batch) | {FROZEN: frozen}
 
-    if callable(batches):
-        return extended(batches(0)), lambda step: extended(batches(step))
-    if isinstance(batches, Iterable) and not isinstance(batches, Mapping) and not hasattr(batches, "shape"):
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise ValueError("`batches` ended before the first step; give a fresh iterator with at least one batch.")
-        return extended(first), map(extended, itertools.chain([first], iterator))
-    full = extended(batches)
-    return full, full
+def __dir__():
+    return __all__

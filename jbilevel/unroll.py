@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import implicit, trees
-from jbilevel.oracle import BatchOracle, Sample
-from jbilevel.problems import SmoothProblem, trace_scalar
-from jbilevel.results import SolveInfo, Status, Warm, Work
-from jbilevel.solvers import AGD
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Warm, Work
+from jbilevel._core.validate import require_function, trace_scalar
+from jbilevel._oracle.base import Sample, require_view
+from jbilevel._oracle.kinds import ForwardOracle
+from jbilevel._oracle.pipeline import AdjointOracle
+from jbilevel._oracle.smooth_system import SmoothLower
+from jbilevel._views.base import Problem
+from jbilevel._views.smooth import SmoothView
+from jbilevel.solvers.agd import AGD
+from jbilevel.solvers.base import Solver
+from jbilevel.solvers.linear import LinearSolver
+
+__all__ = ["OneStep", "Oracle"]
 
 
 @dataclass(frozen=True)
-class Oracle(BatchOracle):
+class Oracle(ForwardOracle):
     """Gradient of loss(params, x_K) where x_K is ``steps`` steps of a solver, by reverse mode through the steps.
 
     It is the exact gradient of what K steps compute, not of the minimiser: with too few steps the two differ, and
@@ -29,43 +37,41 @@ class Oracle(BatchOracle):
       steps: K. truncate: differentiate through the last ``truncate`` steps only (all when None).
       checkpoint: store a state every sqrt(K) steps and recompute those between.
       solver: one whose steps are differentiable in reverse (`AGD`, `GradientDescent`); constants count as constants.
-      in_axes, on_failure, chunk: see `jbilevel.oracle.BatchOracle`.
+      in_axes, on_failure, chunk: see `jb.Oracle`.
 
     ``tol`` does not change the work here: it only decides the status, CONVERGED or MAX_STEPS after K steps.
     """
 
-    problem: SmoothProblem
+    problem: Problem
     loss: Callable
+    _: KW_ONLY
     steps: int = 100
     truncate: int | None = None
     checkpoint: bool = False
-    solver: Any = AGD()
-    in_axes: Any = 0
-    on_failure: str = "nan"
-    chunk: int | str | None = "auto"
-
-    correct = False
-    direct = True
+    solver: Solver = AGD()
 
     def __post_init__(self):
         super().__post_init__()
+        require_function(self.loss, "loss")
+        if not isinstance(self.problem, Problem):
+            raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(self.problem).__name__}.")
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         if self.truncate is not None and not 1 <= self.truncate <= self.steps:
             raise ValueError(f"`truncate` must lie between 1 and steps={self.steps}, got {self.truncate}.")
 
+    def check(self, params) -> None:
+        self.problem.check(params)
+
     def missing(self, certified: bool) -> str | None:
         if certified:
             return "another oracle (an unrolled solver has no proven bounds)"
-        return "`strong_convexity` to the problem" if self.problem.strong_convexity is None else None
+        return self.problem.lacks()
 
-    def _start(self, params, data) -> Warm:
+    def start(self, params, data) -> Warm:
         return Warm(self.problem.start(params, data), None)
 
-    def _value(self, params, data, warm: Warm, tol) -> Sample:
-        return self._forward(params, data, warm, tol)[1]
-
-    def _forward(self, params, data, warm: Warm, tol):
+    def forward(self, params, data, warm: Warm, tol):
         self.problem.validate(params, data, warm.x)
         trace_scalar(self.loss, "loss", params, warm.x, data)
         state, view = self._iterate(params, data, jax.lax.stop_gradient(warm.x))
@@ -79,19 +85,15 @@ class Oracle(BatchOracle):
         lower = SolveInfo(status, steps, state.residual, error, state.evaluations)
         backward = Work.zero().plus(products=steps if self.truncate is None else self.truncate)
         adjoint = SolveInfo(jnp.zeros((), jnp.int32), steps, jnp.zeros_like(error), jnp.zeros_like(error), backward)
-        unknown = jnp.full_like(seen, jnp.inf)
         slope = jax.grad(self.loss, 1)(params, state.x, data)
         estimate = jax.lax.stop_gradient(trees.norm(slope) * error)
-        return value, Sample(
-            seen, jnp.zeros_like(seen), estimate, unknown, unknown, jnp.zeros_like(seen), Warm(state.x, None),
-            lower, adjoint,
-        )  # fmt: skip
+        return value, Sample(value=seen, warm=Warm(state.x, None), lower=lower, adjoint=adjoint, estimate=estimate)
 
     def _iterate(self, params, data, x0):
         """Solver state after all steps; only the last ``truncate`` of them carry derivatives."""
         tail = self.steps if self.truncate is None else self.truncate
-        frozen = self.problem.at(*jax.lax.stop_gradient((params, data)))
-        view = self.problem.at(params, data)
+        frozen = self.problem.view(*jax.lax.stop_gradient((params, data)))
+        view = self.problem.view(params, data)
         # the first gradient of an untruncated run depends on params too
         state = self.solver.init(view if tail == self.steps else frozen, x0, 0.0)
         state = self._scan(frozen, state, self.steps - tail, checkpoint=False)
@@ -110,7 +112,33 @@ class Oracle(BatchOracle):
 
 
 @dataclass(frozen=True)
-class OneStep(implicit.Oracle):
+class _GradientStep(LinearSolver):
+    """q = step * b in place of a solve."""
+
+    step: float | None
+
+    def solve(self, product, b, q, *, tol, max_steps):
+        q = trees.scale(self.step, b)
+        residual = trees.norm(trees.sub(product(q), b))
+        status = jnp.where(residual <= tol, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(jnp.isfinite(residual), status, Status.NONFINITE).astype(jnp.int32)
+        work = Work.zero().plus(products=1)
+        return q, SolveInfo(status, jnp.ones((), jnp.int32), residual, jnp.full_like(residual, jnp.inf), work)
+
+
+@dataclass(frozen=True)
+class _OneStepLower(SmoothLower):
+    """The step is 1/L where none is given."""
+
+    def solve(self, view, x0, tol):
+        system, info = super().solve(view, x0, tol)
+        if self.linear_solver.step is None:
+            system = replace(system, linear_solver=_GradientStep(1.0 / view.constants.smoothness))
+        return system, info
+
+
+@dataclass(frozen=True)
+class OneStep(AdjointOracle):
     """One-step (Jacobian-free) hypergradient: the solution differentiated through a single gradient step at it.
 
     q = step * grad_x loss in place of H^{-1} grad_x loss (Fung et al. 2022; Bolte, Pauwels & Vaiter 2023): no linear
@@ -124,14 +152,18 @@ class OneStep(implicit.Oracle):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.step is None and self.problem.smoothness is None:
-            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
+        require_view(self.problem, SmoothView, "jb.unroll.OneStep", "smooth problem", "see jb.piggyback")
 
-    def _adjoint(self, view, x, product, slope, q, adjoint_tol):
-        step = 1.0 / view.constants.smoothness if self.step is None else self.step
-        q = trees.scale(step, slope)
-        residual = trees.norm(trees.sub(product(q), slope))
-        status = jnp.where(residual <= adjoint_tol, Status.CONVERGED, Status.MAX_STEPS)
-        status = jnp.where(jnp.isfinite(residual), status, Status.NONFINITE).astype(jnp.int32)
-        work = Work.zero().plus(products=1)
-        return q, SolveInfo(status, jnp.ones((), jnp.int32), residual, jnp.full_like(residual, jnp.inf), work)
+    @property
+    def lower(self) -> SmoothLower:
+        solver = self.problem.default_solver() if self.solver is None else self.solver
+        return _OneStepLower(self.problem, solver, self.max_steps, _GradientStep(self.step), 1)
+
+    def sample(self, params, data, warm, tol, adjoint_tol):
+        if self.step is None and self.problem.view(params, data).constants.smoothness is None:
+            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
+        return super().sample(params, data, warm, tol, adjoint_tol)
+
+
+def __dir__():
+    return __all__

@@ -18,6 +18,7 @@ from problems_for_tests import DIAGONAL, QUADRATIC, distance, image_loss, measur
 
 import jbilevel as jb
 from jbilevel import FitStatus, Status
+from jbilevel._oracle.base import FAILURES
 
 AGD = jb.solvers.AGD()  # compiles fastest
 STAY = jb.solvers.External(lambda energy, x0, tol, max_steps: x0)
@@ -108,7 +109,7 @@ WEIGHTED = [(name, leaf) for name in ("implicit", "unroll", "explicit") for leaf
 
 @pytest.mark.parametrize("name, leaf", WEIGHTED)
 def test_a_sample_of_weight_0_is_not_in_the_mean(name, leaf):
-    for on_failure in jb.oracle.FAILURES:
+    for on_failure in FAILURES:
         oracle = make(name, on_failure=on_failure)
         assert_mean_of_the_others(name, oracle(PARAMS, spoiled(leaf), tol=1e-9, sample_weight=1.0 * GOOD))
 
@@ -387,7 +388,7 @@ def test_a_saddle_among_64_minima():
     hg = jb.implicit.Oracle(CURVED, image_loss, solver=STAY, estimate=False, on_failure="drop")(PARAMS, ONE_SADDLE)
     np.testing.assert_array_equal(hg.adjoint.status == Status.INDEFINITE, ~GOOD)
     np.testing.assert_array_equal(np.isnan(hg.values), ~GOOD)
-    with pytest.raises(jb.ConvergenceError, match=rf"adjoint solve of sample {BAD} .*INDEFINITE.*'minres'"):
+    with pytest.raises(jb.ConvergenceError, match=rf"adjoint solve of sample {BAD} .*INDEFINITE.*MINRES"):
         jb.check(hg)
     others = jax.tree.map(lambda leaf: leaf[GOOD], ONE_SADDLE)
     mean = lambda p: jnp.mean(jax.vmap(curved_exact, (None, 0))(p, others))  # noqa: E731
@@ -397,7 +398,7 @@ def test_a_saddle_among_64_minima():
 
 def test_argmin_at_a_saddle():
     minimiser, data = jb.implicit.argmin(CURVED, solver=STAY), jax.tree.map(lambda leaf: leaf[BAD], ONE_SADDLE)
-    with pytest.raises(jb.ConvergenceError, match="adjoint solve ended INDEFINITE.*adjoint_solver='minres'"):
+    with pytest.raises(jb.ConvergenceError, match="adjoint solve ended INDEFINITE.*MINRES"):
         jax.grad(lambda p: image_loss(p, minimiser(p, data), data))(PARAMS)
 
 

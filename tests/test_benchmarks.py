@@ -1,7 +1,9 @@
 """The benchmarks run, their rows are complete, and the results page is made of nothing but those rows."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from benchmarks import (  # noqa: E402
     error_problems,
     errors,
     experiments,
+    exports,
     hypergradients,
     projectors,
     report,
@@ -38,21 +41,23 @@ SCRIPTS = (
     "saddle_errors",
     "sparse",
     "learned_reconstruction",
-    "papers/paper0_classification",
-    "papers/paper0_segmentation",
-    "papers/ridge",
-    "papers/paper1_ct",
-    "papers/paper1_joint",
-    "papers/paper2_foe",
-    "papers/paper3_tv_discretisation",
-    "papers/paper3_tv_descent",
-    "papers/paper3_ct",
-    "papers/paper4_tables",
-    "papers/paper4_wavelets",
+    "exports",
+    "ridge",
+    "papers/bogensperger_2024_ct",
+    "papers/bogensperger_2024_tv_descent",
+    "papers/bogensperger_2024_tv_discretisation",
+    "papers/ehrhardt_2025_foe",
+    "papers/kadagala_2025_joint",
+    "papers/kadagala_2025_lpd",
+    "papers/kadagala_report_classification",
+    "papers/kadagala_report_segmentation",
+    "papers/villacis_2025_regression",
+    "papers/villacis_2025_wavelets",
 )
 # measured in double precision
 DOUBLE = {
-    "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "papers/paper4_tables",
+    "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse",
+    "papers/villacis_2025_regression",
 }  # fmt: skip
 QUICK = {
     "gpu": ["--device", "cpu"],
@@ -97,6 +102,7 @@ def test_quick_runs_write_complete_rows_and_render(tmp_path):
     assert "times faster" in page and "violations" in page and "Against plain Newton-CG" in page
     assert "LPD over the best filter" in page and "under the ceiling" in page and "of unrolled; criterion" in page
     assert "| FP 32² × 10, batch 2 | pure JAX |" in page
+    assert "export for CUDA. With a callback, which cannot be exported: `from_callbacks`" in page
     distances = [row["figures"].get("distance", 0.0) for row in rows["projectors"]]
     assert max(distances) < 1e-5
     picture = tmp_path / "figures" / "hypergradients.png"
@@ -114,7 +120,7 @@ def check_row(row, name, folder):
 
 
 @pytest.mark.parametrize(
-    "module", [hypergradients, errors, experiments, projectors, report], ids=lambda module: module.__name__
+    "module", [hypergradients, errors, experiments, exports, projectors, report], ids=lambda module: module.__name__
 )
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as end:
@@ -124,7 +130,54 @@ def test_help(module, capsys):
 
 
 def test_committed_results_render():
-    report.build(common.RESULTS, figures=None)
+    page = report.build(common.RESULTS, figures=None)
+    anchors = set(re.findall(r'<a id="(\w+)"></a>', page))
+    links = re.findall(r"\]\(#([^)]+)\)", page)
+    assert anchors == {path.stem for path in common.RESULTS.glob("*.jsonl")} == set(links)
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("[!r]*.md")))
+    assert set(re.findall(r"results\.md#([^)]+)\)", text)) <= anchors
+    for name in re.findall(r"\]\(figures/([^)]+)\)", page):
+        assert (common.FIGURES / name).is_file()
+
+
+def test_sources_page_names_what_is_there():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    keys = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.M))
+    named = re.findall(r"`([^`]+)`", page)
+    paths = [name for name in named if "/" in name]
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    assert {name for name in named if re.fullmatch(r"\w+_\d{4}|kadagala_hoag_report", name)} <= keys
+    assert {path.name for path in (ROOT / "benchmarks" / "papers").glob("*_*.py")} - {Path(p).name for p in paths} == {
+        "__init__.py", "bogensperger_2024_ct_page.py", "bogensperger_2024_tv.py", "ehrhardt_2025_tv_page.py",
+    }  # fmt: skip
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == set(re.findall(r'<a id="([^"]+)"></a>', page))
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_committed_rows_name_a_script_that_is_there(path):
+    for row in common.read_rows(path):
+        script = Path(row["command"].split()[1])
+        assert row["benchmark"].split(":")[0] == script.stem == path.stem
+        assert (ROOT / script).is_file()
+    draw = getattr(report.find_module(path.stem), "figures", None)
+    assert draw is None or list(inspect.signature(draw).parameters) == ["rows", "folder"]
+
+
+def test_provenance_has_a_line_for_each_run_and_each_version_once(tmp_path):
+    rows = []
+    for arguments in ([], ["--quick"]):
+        recorder = common.Recorder("test", options(tmp_path, *arguments))
+        recorder.common |= {"commit": "abc", "date": "2026-11-21", "cores": 1 + len(rows) // 2}
+        recorder.add({"row": "a"}, {})
+        recorder.add({"row": "b"}, {})
+        rows += recorder.rows
+    rows[2]["versions"] = {"python": "3.12.0"}
+    first, second, machine, versions = report.provenance(rows).splitlines()
+    assert first == f"- `{rows[0]['command']}`: commit abc, 2026-11-21, seed 0, 1 core"
+    assert second == f"- `{rows[2]['command']}`: commit abc, 2026-11-21, seed 0, 2 cores"
+    assert machine.startswith("- device ") and versions.count("python") == 1
+    assert f"python {rows[0]['versions']['python']} or 3.12.0, jbilevel" in versions
+    assert f"jax {jax.__version__} (some runs)" in versions
 
 
 def options(tmp_path, *arguments):
@@ -236,7 +289,7 @@ def test_stated_constants_hold(name):
     rng = np.random.default_rng(0)
     data = {"y": jnp.asarray(rng.uniform(size=(12, 12)))}
     params = jax.tree.map(jnp.asarray, setup.params)
-    view = setup.problem.at(params, data)
+    view = setup.problem.view(params, data)
     flat = jnp.asarray(0.01 * rng.standard_normal((12, 12)))
     hessian = jax.hessian(lambda v: view.value(v.reshape(12, 12)))(flat.ravel())
     curvatures = np.linalg.eigvalsh(np.asarray(hessian))

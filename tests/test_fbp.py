@@ -42,11 +42,38 @@ def disc_error(A, radius, filter="ram-lak"):
     [
         (ParallelBeam(64, turn(90), 92), 20.0),
         (ParallelBeam(64, turn(120), 92), 26.0),
-        (ParallelBeam((64, 48), turn(90), 140, 0.5, 0.35, 0.2), 9.0),
+        (ParallelBeam((64, 48), turn(90), 140, pixel_size=0.5, detector_size=0.35, detector_offset=0.2), 9.0),
         (ParallelBeam(64, turn(180, 2 * np.pi), 92), 12.0),
-        (ParallelBeam(64, np.random.default_rng(0).permutation(turn(90) + 7.0), 60, 0.01, 0.016), 0.25),
-        (FanBeam(64, turn(180, 2 * np.pi), 160, 100.0, 0.0, 1.0, 0.8), 20.0),
-        (FanBeam(64, turn(200, 2 * np.pi), 160, 10.0, 7.0, 0.1, 0.12), 2.2),
+        (
+            ParallelBeam(
+                64, np.random.default_rng(0).permutation(turn(90) + 7.0), 60, pixel_size=0.01, detector_size=0.016
+            ),
+            0.25,
+        ),
+        (
+            FanBeam(
+                64,
+                turn(180, 2 * np.pi),
+                160,
+                source_origin=100.0,
+                origin_detector=0.0,
+                pixel_size=1.0,
+                detector_size=0.8,
+            ),
+            20.0,
+        ),
+        (
+            FanBeam(
+                64,
+                turn(200, 2 * np.pi),
+                160,
+                source_origin=10.0,
+                origin_detector=7.0,
+                pixel_size=0.1,
+                detector_size=0.12,
+            ),
+            2.2,
+        ),
     ],
     ids=["plain", "large", "fine bins", "full turn", "any order, coarse bins", "fan", "fan, magnified"],
 )
@@ -125,4 +152,4 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="`filter` must be one of ram-lak"):
         A.fbp(jnp.ones(A.out_shape), "sharp")
     with pytest.raises(ValueError, match="full turn"):
-        FanBeam(8, turn(60), 12, 20.0).fbp(jnp.ones((60, 12)))
+        FanBeam(8, turn(60), 12, source_origin=20.0).fbp(jnp.ones((60, 12)))

@@ -1,5 +1,7 @@
 """FirstOrder: plain optax on exact gradients, whatever the optimiser; warm starts; projection."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def test_warm_starts_are_carried():
     np.testing.assert_allclose(once.warm.x, solution, atol=1e-7)
     assert np.all(np.asarray(cold.warm.x) == 0)
     assert int(second.work) < 0.7 * int(first.work)
-    again, third = method.step(once._replace(warm=cold.warm), BATCH)
+    again, third = method.step(replace(once, warm=cold.warm), BATCH)
     assert int(third.work) == int(first.work)
 
 

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,26 @@ import numpy as np
 import optax
 import pytest
 
-from jbilevel import explicit, io
+from jbilevel import explicit
+from jbilevel._core import io
+from jbilevel._core.results import Status, StepInfo
+from jbilevel._method.base import Method, MethodState
 from jbilevel.first_order import FirstOrder
-from jbilevel.fit import FitStatus, fit
-from jbilevel.results import Status, StepInfo
+from jbilevel.training import FitStatus, fit
 
 TRACES = []  # one entry per trace of a step
 
 
-class State(NamedTuple):
-    params: dict
-    warm: dict
-    count: jax.Array
+class State(MethodState):
+    count: Any
 
 
-class Cold:
-    """What `fit` needs of an oracle: x starts at zero, with no owner and no visits."""
+def state_of(params, warm, count):
+    return State(params=params, warm=warm, tol=0.0, adjoint_tol=0.0, count=count)
+
+
+class Cold(explicit.Oracle):
+    """An oracle as far as `fit` needs one: x starts at zero, with no owner and no visits."""
 
     def init(self, params, batch):
         n = batch["y"].shape[0]
@@ -40,21 +44,21 @@ class Cold:
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Method):
     """Denoising by a few relaxation steps from the warm start, so that every number depends on the warm starts.
 
     The warm start also carries its owner and its number of visits; ``error`` reports how many samples got the warm
     start of another one, and ``tol`` how often the samples of the batch had been there before.
     """
 
+    oracle: explicit.Oracle = Cold(jnp.sum)
     rate: float = 0.1
     nan_value_at: int = -1
     nan_params_at: int = -1
     done_at: int = -1
-    oracle: Cold = Cold()
 
     def init(self, params, batch):
-        return State(params, self.oracle.init(params, batch), 0)  # 0: weakly typed, as users write it
+        return state_of(params, self.oracle.init(params, batch), 0)  # 0: weakly typed, as users write it
 
     def step(self, state, batch):
         TRACES.append(jax.tree.map(jnp.shape, batch))
@@ -80,7 +84,7 @@ class Toy:
             done=state.count == self.done_at,
         )
         warm = {"x": x, "owner": owner, "visits": state.warm["visits"] + 1}
-        return State(params, warm, state.count + 1), info
+        return state_of(params, warm, state.count + 1), info
 
 
 PARAMS = {"w": jnp.array([0.3, -0.2, 0.1])}
@@ -374,7 +378,7 @@ def test_fit_with_index_is_the_loop_with_a_dictionary():
         for row, sample in enumerate(batch["index"].tolist()):
             for name, value in known.get(sample, {}).items():
                 cold[name][row] = value
-        state, _ = step(state._replace(warm=jax.tree.map(jnp.asarray, cold)), batch)
+        state, _ = step(replace(state, warm=jax.tree.map(jnp.asarray, cold)), batch)
         for row, sample in enumerate(batch["index"].tolist()):
             known[sample] = {name: np.array(leaf[row]) for name, leaf in state.warm.items()}
     result = fit(method, PARAMS, mini, steps=8)
@@ -398,7 +402,7 @@ def test_negative_index_and_bad_rows_are_not_remembered():
             new, info = super().step(state, batch)
             spoil = (batch["index"] == 1) & (state.count == 2)
             x = jnp.where(spoil[:, None], jnp.nan, new.warm["x"])
-            return new._replace(warm=new.warm | {"x": x}), info
+            return replace(new, warm=new.warm | {"x": x}), info
 
     spoilt = fit(Spoiling(), PARAMS, lambda step: {"y": IMAGES[:2], "index": np.array([0, 1])}, steps=5)
     assert spoilt.status is FitStatus.FINISHED
@@ -406,15 +410,16 @@ def test_negative_index_and_bad_rows_are_not_remembered():
 
 
 def test_warm_may_be_none():
-    class NoOracle(NamedTuple):
+    @dataclass(frozen=True)
+    class NoWarmStart(Toy):
         def init(self, params, batch):
-            return State(params, None, jnp.zeros((), int))
+            return state_of(params, None, jnp.zeros((), int))
 
         def step(self, state, batch):
             value = jnp.sum(state.params["w"]) + jnp.mean(batch["y"])
-            return state._replace(count=state.count + 1), StepInfo(value, 1.0, 0.0, 0.0, 0.0, 0.0, 1, 0, False)
+            return replace(state, count=state.count + 1), StepInfo(value, 1.0, 0.0, 0.0, 0.0, 0.0, 1, 0, False)
 
-    assert fit(NoOracle(), PARAMS, mini, steps=3).status is FitStatus.FINISHED
+    assert fit(NoWarmStart(), PARAMS, mini, steps=3).status is FitStatus.FINISHED
 
 
 def test_warm_may_be_empty(tmp_path):
@@ -482,12 +487,18 @@ def test_wrong_arguments():
     class Growing(Toy):
         def step(self, state, batch):
             new, info = super().step(state, batch)
-            return new._replace(count=new.count + 0.5), info
+            return replace(new, count=new.count + 0.5), info
+
+    class Stateless(Toy):
+        def init(self, params, batch):
+            return params, None
 
     with pytest.raises(TypeError, match="hashable"):
         fit(Unhashable(), PARAMS, FULL, steps=1)
-    with pytest.raises(TypeError, match="must have `init` and `step`"):
+    with pytest.raises(TypeError, match="must be a jb.Method such as .*, got function; derive"):
         fit(lambda: None, PARAMS, FULL, steps=1)
+    with pytest.raises(TypeError, match="`init` of Stateless must return a jb.MethodState, got tuple"):
+        fit(Stateless(), PARAMS, FULL, steps=1)
     with pytest.raises(TypeError, match=r"state.count from int64\[\] into float64\[\]"):
         fit(Growing(), PARAMS, FULL, steps=1)
     with pytest.raises(TypeError, match=r"params\['f'\] is a builtin_function_or_method"):

@@ -34,7 +34,7 @@ def test_is_the_centred_orthonormal_transform(kind):
     x = rng.standard_normal(SHAPE) + (1j * rng.standard_normal(SHAPE) if kind == "complex" else 0)
     plain = UndersampledFourier(SHAPE, MASK, in_kind=kind)
     np.testing.assert_allclose(plain(jnp.asarray(x)), MASK * transform(x), atol=1e-14)
-    A = UndersampledFourier(SHAPE, MASK, COILS, kind)
+    A = UndersampledFourier(SHAPE, MASK, coils=COILS, in_kind=kind)
     expected = np.stack([MASK * transform(s * x) for s in COILS])
     np.testing.assert_allclose(A(jnp.asarray(x)), expected, atol=1e-13)
     y = rng.standard_normal(A.out_shape) + 1j * rng.standard_normal(A.out_shape)
@@ -59,26 +59,28 @@ def test_norms():
             A = UndersampledFourier(SHAPE, mask, in_kind=kind)
             assert A.norm() == pytest.approx(largest_singular_value(A))
     assert UndersampledFourier(SHAPE, lone).norm() == pytest.approx(np.sqrt(0.5))
-    full = UndersampledFourier(SHAPE, np.ones(SHAPE), COILS, "complex")
+    full = UndersampledFourier(SHAPE, np.ones(SHAPE), coils=COILS, in_kind="complex")
     assert full.norm() == pytest.approx(np.sqrt(np.max(np.sum(np.abs(COILS) ** 2, axis=0))))
     for coils in (COILS, COILS.real):
         for mask in (lone, MASK, np.ones(SHAPE)):
             for kind in ("real", "complex"):
-                A = UndersampledFourier(SHAPE, mask, coils, kind)
+                A = UndersampledFourier(SHAPE, mask, coils=coils, in_kind=kind)
                 assert largest_singular_value(A) <= A.norm() * (1 + 1e-12)
 
 
 def test_single_precision():
-    A = UndersampledFourier(SHAPE, MASK, COILS)
+    A = UndersampledFourier(SHAPE, MASK, coils=COILS)
     out = jax.jit(A)(jnp.ones(SHAPE, jnp.float32))
     assert out.dtype == jnp.complex64 and A.H(out).dtype == jnp.float32
 
 
 def test_compare_by_content():
-    A = UndersampledFourier(SHAPE, MASK, COILS)
-    assert A == UndersampledFourier(SHAPE, MASK.astype(int), COILS.copy())
-    assert hash(A) == hash(UndersampledFourier(SHAPE, MASK, COILS.copy()))
-    assert A != UndersampledFourier(SHAPE, MASK, COILS + 1e-12) and A != UndersampledFourier(SHAPE, ~MASK, COILS)
+    A = UndersampledFourier(SHAPE, MASK, coils=COILS)
+    assert A == UndersampledFourier(SHAPE, MASK.astype(int), coils=COILS.copy())
+    assert hash(A) == hash(UndersampledFourier(SHAPE, MASK, coils=COILS.copy()))
+    assert A != UndersampledFourier(SHAPE, MASK, coils=COILS + 1e-12) and A != UndersampledFourier(
+        SHAPE, ~MASK, coils=COILS
+    )
 
 
 def test_cartesian_mask():
@@ -96,9 +98,9 @@ def test_cartesian_mask():
     [
         (lambda: UndersampledFourier(SHAPE, MASK.T), ValueError, "`mask` must have the shape"),
         (lambda: UndersampledFourier(SHAPE, np.zeros(SHAPE)), ValueError, "`mask` keeps nothing"),
-        (lambda: UndersampledFourier(SHAPE, MASK, COILS[0]), ValueError, r"`coils` must have shape \(C, 6, 5\)"),
-        (lambda: UndersampledFourier(SHAPE, MASK, COILS * np.nan), ValueError, "`coils` must be finite"),
-        (lambda: UndersampledFourier(SHAPE, MASK, COILS[:0]), ValueError, "`coils` must be finite and not empty"),
+        (lambda: UndersampledFourier(SHAPE, MASK, coils=COILS[0]), ValueError, r"`coils` must have shape \(C, 6, 5\)"),
+        (lambda: UndersampledFourier(SHAPE, MASK, coils=COILS * np.nan), ValueError, "`coils` must be finite"),
+        (lambda: UndersampledFourier(SHAPE, MASK, coils=COILS[:0]), ValueError, "`coils` must be finite and not empty"),
         (lambda: UndersampledFourier(SHAPE, MASK, in_kind="quaternion"), ValueError, "`in_kind`"),
         (lambda: UndersampledFourier((6, 5, 2), MASK), ValueError, "`in_shape`"),
         (lambda: UndersampledFourier(SHAPE, MASK)(1j * jnp.ones(SHAPE)), TypeError, "real and imaginary"),

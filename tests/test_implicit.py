@@ -210,8 +210,8 @@ def test_minres_differentiates_a_stationary_point_that_is_no_minimum():
     )
     p = jnp.array([0.3, 0.7])
     found = {}
-    for name in ("minres", "cg"):
-        minimiser = jb.implicit.argmin(problem, solver=STAY, adjoint_solver=name, on_failure="nan")
+    for name, linear_solver in (("minres", jb.solvers.MINRES()), ("cg", jb.solvers.CG())):
+        minimiser = jb.implicit.argmin(problem, solver=STAY, linear_solver=linear_solver, on_failure="nan")
         found[name] = jax.grad(lambda p: minimiser(p, (), tol=1e-12) @ jnp.array([2.0, 5.0]))(p)  # noqa: B023
     np.testing.assert_allclose(found["minres"], [-2.0, 5.0], rtol=1e-12)
     assert np.all(np.isnan(found["cg"]))

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from jbilevel import cli, io
-from jbilevel.partition import combine, partition
+from jbilevel import cli
+from jbilevel._core import io
+from jbilevel._core.partition import combine, partition
 
 
 class Pair(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import jbilevel as jb
+from jbilevel._core import trees
 
 A = jb.operators.ParallelBeam((8, 8), np.pi * np.arange(5) / 5, 11)
 PARAMS = {
@@ -58,7 +59,7 @@ def test_who_gets_whose_gradient(weight, slopes):
         close(found, {"reconstruction": of_mse["reconstruction"], "task": of_task["task"]})
     else:
         close(found, jax.tree.map(lambda a, b: weight * a + (1 - weight) * b, of_mse, of_task))
-    assert jb.trees.norm(slopes[task]["reconstruction"]) > 1e-6  # there was something to keep away
+    assert trees.norm(slopes[task]["reconstruction"]) > 1e-6  # there was something to keep away
     terms = loss.terms(PARAMS, ONE)
     close(tuple(terms), (mse(PARAMS, ONE), task(PARAMS, ONE)))
     parts = terms.mse / 0.1, terms.task / 2.0
@@ -76,7 +77,7 @@ def test_both_train_and_the_task_may_be_frozen():
         in_axes=dict.fromkeys(BATCH, 0) | {"frozen": None},
     )  # fmt: skip
     alone = jb.fit(jb.FirstOrder(oracle, optax.adam(1e-2)), trained, BATCH | {"frozen": frozen}, steps=15)
-    assert jb.trees.size(alone.params) == 65
+    assert trees.size(alone.params) == 65
     assert alone.history["value"][-1] < alone.history["value"][0]
 
 

@@ -35,7 +35,9 @@ def scans(rng, A, count):
 @pytest.mark.parametrize("settings", [{}, {"layers": 6, "subsets": 2, "sketch": (2, 2, 2, 1, 1, 1)}])
 def test_far_better_than_the_best_filter(settings):
     started, rng = time.process_time(), np.random.default_rng(0)
-    A = jb.operators.ParallelBeam((SIZE, SIZE), np.pi * np.arange(VIEWS) / VIEWS, 93, PIXEL, PIXEL)
+    A = jb.operators.ParallelBeam(
+        (SIZE, SIZE), np.pi * np.arange(VIEWS) / VIEWS, 93, pixel_size=PIXEL, detector_size=PIXEL
+    )
     train, test = scans(rng, A, 100), scans(rng, A, 16)
     quality = lambda x: float(jb.metrics.mean_psnr(x, test["x"], 2.0))  # noqa: E731
     best = max(quality(A.fbp(test["y"], name)) for name in WINDOWS)

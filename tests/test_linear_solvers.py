@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbilevel.results import Status
-from jbilevel.solvers import cg, minres
+from jbilevel._core.results import Status
+from jbilevel.solvers.cg import cg
 from jbilevel.solvers.cg import iterate as cg_iterate
 from jbilevel.solvers.cg import resume as cg_resume
 from jbilevel.solvers.minres import iterate as minres_iterate
+from jbilevel.solvers.minres import minres
 
 SOLVERS = pytest.mark.parametrize("solver", [cg, minres], ids=["cg", "minres"])
 

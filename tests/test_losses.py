@@ -166,7 +166,7 @@ def test_adversarial_loss_of_a_quadratic_in_closed_form(t):
     weight, data = 0.7, {"x": CLEAN, "naive": X, "mix": t}
     slope = weight * np.linalg.norm(t * CLEAN + (1 - t) * X)
     expected = 0.5 * weight * (np.sum(CLEAN**2) - np.sum(X**2)) + 3 * (slope - 1) ** 2
-    assert float(Adversarial(half_square, 3.0)(weight, data)) == pytest.approx(expected, rel=1e-5)
+    assert float(Adversarial(half_square, penalty=3.0)(weight, data)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_adversarial_gradient_against_differences():

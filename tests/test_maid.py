@@ -1,6 +1,7 @@
 """MAID: true decrease of the exact upper-level value at every accepted step, adaptation, floor, any oracle."""
 
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -352,7 +353,8 @@ def test_ten_steps_and_new_tolerances_compile_once(caplog):
         for _ in range(5):
             state, _ = method.step(state, SAMPLES)
         for tol in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
-            state, _ = method.step(state._replace(tol=jnp.float64(tol), adjoint_tol=jnp.float64(3 * tol)), SAMPLES)
+            state = replace(state, tol=jnp.float64(tol), adjoint_tol=jnp.float64(3 * tol))
+            state, _ = method.step(state, SAMPLES)
     compiled = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling ")]
     assert len([message for message in compiled if "step" in message.split(" with ")[0]]) == 1
     assert len(compiled) <= 2, compiled  # nothing else but perhaps a constant

@@ -9,7 +9,7 @@ import pytest
 from problems_for_tests import QUADRATIC, image_loss, relative, tv
 
 import jbilevel as jb
-from jbilevel import trees
+from jbilevel._core import trees
 from jbilevel.solvers import mixed
 
 CASE = tv(12)
@@ -68,17 +68,17 @@ def test_an_energy_that_insists_on_float64_stays_there():
         return 0.5 * jnp.sum((x - data) ** 2) + p * jnp.sum(jax.lax.conv(x[None, None], kernel, (1, 1), "SAME") ** 2)
 
     problem = jb.SmoothProblem(energy, lambda p, d: d, strong_convexity=1.0, mixed_precision=True)
-    assert problem.at(jnp.asarray(0.1), jnp.ones((5, 5))).single(jnp.ones((5, 5))) is None
+    assert problem.view(jnp.asarray(0.1), jnp.ones((5, 5))).single(jnp.ones((5, 5))) is None
     x, info = jb.solve(problem, jnp.asarray(0.1), jnp.ones((5, 5)), tol=1e-10)
     jb.check(info)
 
 
 def test_only_large_float64_unknowns_by_default():
-    view = QUADRATIC.problem.at(QUADRATIC.params(0), QUADRATIC.sample())
+    view = QUADRATIC.problem.view(QUADRATIC.params(0), QUADRATIC.sample())
     assert view.single(jnp.ones(6)) is None
-    assert MIXED.at(CASE.params(0), CASE.sample()).single(jnp.ones((12, 12), jnp.float32)) is None
+    assert MIXED.view(CASE.params(0), CASE.sample()).single(jnp.ones((12, 12), jnp.float32)) is None
     large = jb.variational(None, jb.regularizers.SmoothedTV())
-    assert large.at(jnp.zeros(2), jnp.zeros((128, 128))).single(jnp.zeros((128, 128))) is not None
+    assert large.view(jnp.zeros(2), jnp.zeros((128, 128))).single(jnp.zeros((128, 128))) is not None
 
 
 def test_refinement_reaches_float64_accuracy_and_says_what_is_left():
@@ -91,7 +91,7 @@ def test_refinement_reaches_float64_accuracy_and_says_what_is_left():
         return 0.5 * x @ (data @ x)
 
     problem = jb.SmoothProblem(energy, lambda p, d: jnp.zeros(30), mixed_precision=True)
-    view = problem.at((), jnp.asarray(matrix))
+    view = problem.view((), jnp.asarray(matrix))
     product = view.linearize(b)[2]
     refined = mixed.refine(view, b, product, b, jnp.zeros(30), 1e-11, 1000)
     assert float(trees.norm(refined.residual)) <= 1e-11

@@ -42,10 +42,15 @@ def test_minimum_on_a_kink(search):
 def test_bundle_leaves_a_ridge_that_the_gradient_cannot(search):
     """max(5 |u|, |v|) from a point on its crease: one gradient alone zigzags across."""
     far, near = (
-        jb.fit(jb.NBA(RIDGE, search=search, bends=bends, step_size=0.05), jnp.array([0.2, 1.0]), jnp.zeros(1),
-               steps=40, progress=False)
-        for bends in (0, 5)
-    )  # fmt: skip
+        jb.fit(
+            jb.NBA(RIDGE, search=search, bundle_steps=count, step_size=0.05),
+            jnp.array([0.2, 1.0]),
+            jnp.zeros(1),
+            steps=40,
+            progress=False,
+        )
+        for count in (0, 5)
+    )
     assert near.history["value"][-1] < 1e-3
     assert near.history["value"][-1] <= far.history["value"][-1] + 1e-12
 

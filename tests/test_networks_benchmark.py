@@ -13,7 +13,7 @@ import jbilevel as jb
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import networks  # noqa: E402
-from benchmarks.papers import paper1_joint  # noqa: E402
+from benchmarks.papers import kadagala_2025_joint  # noqa: E402
 
 ARGS = SimpleNamespace(sizes=[8], views=5, photons=1e6, label=5)
 
@@ -45,7 +45,7 @@ def test_slices_with_masks_are_split_by_patient(tmp_path):
     label[:, 4:8, 4:8] = 5
     label[:, 8:12, 8:12] = 1  # another organ
     hu = np.where(label == 5, 100, 0).astype(np.int16) + np.arange(12, dtype=np.int16)[:, None, None]
-    data = paper1_joint.labelled(stored(tmp_path, hu=hu, label=label, case=np.arange(12) // 2), rng)
+    data = kadagala_2025_joint.labelled(stored(tmp_path, hu=hu, label=label, case=np.arange(12) // 2), rng)
     parts = data.train, data.validation, data.test
     assert sum(len(part["x"]) for part in parts) == 12
     cases = [{int(v) // 2 for v in np.round(1000 * (part["x"][:, 0, 0] - 1))} for part in parts]
@@ -60,7 +60,7 @@ def test_slices_with_masks_are_split_by_patient(tmp_path):
 def test_files_without_masks_and_odd_sizes_are_sentences(tmp_path):
     hu = np.zeros((4, 16, 16), np.int16)
     with pytest.raises(SystemExit, match="no masks"):
-        paper1_joint.labelled(stored(tmp_path, hu=hu), np.random.default_rng(0))
+        kadagala_2025_joint.labelled(stored(tmp_path, hu=hu), np.random.default_rng(0))
     with pytest.raises(SystemExit, match="does not divide"):
         networks.scans.coarser(hu, 7)
 
@@ -69,9 +69,9 @@ def test_files_without_masks_and_odd_sizes_are_sentences(tmp_path):
 def test_scores_of_a_perfect_and_of_an_empty_segmentation():
     test = {"x": jnp.ones((2, 16, 16)), "labels": jnp.zeros((2, 16, 16), bool).at[:, 3:6, 3:6].set(True)}
     sign = jnp.where(test["labels"], 50.0, -50.0)
-    right = paper1_joint.figures((test["x"], sign), test)
+    right = kadagala_2025_joint.scores((test["x"], sign), test)
     assert right["dice"] == right["pooled_dice"] == 1 and right["task"] < 1e-6 and "psnr" not in right
-    nothing = paper1_joint.figures((test["x"] + 0.02, -50 * jnp.ones_like(sign)), test)
+    nothing = kadagala_2025_joint.scores((test["x"] + 0.02, -50 * jnp.ones_like(sign)), test)
     assert nothing["dice"] == nothing["pooled_dice"] == 0 and nothing["psnr"] == pytest.approx(40, abs=1e-3)
 
 
@@ -84,7 +84,7 @@ def test_rows_are_gathered_over_seeds_and_the_order_is_told():
     def page(joint):
         rows = [row("ceiling: T on clean images", s, 0.9, None, None) for s in (0, 1)]
         rows += [row("sequential", s, 0.6 + 0.1 * s, 1.0, "raw") for s in (0, 1)]
-        return paper1_joint.render(rows + [row("joint", s, v) for s, v in enumerate(joint)])
+        return kadagala_2025_joint.render(rows + [row("joint", s, v) for s, v in enumerate(joint)])
 
     assert "0.650 ± 0.071" in page((0.7, 0.8))
     assert "0.100 ± 0.000 over sequential (above for 2 of 2 seeds)" in page((0.7, 0.8))

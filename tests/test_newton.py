@@ -15,7 +15,7 @@ def denoising(overstated: float) -> jb.SmoothProblem:
         lambda theta, x, data: 0.5 * jnp.sum((x - data["y"]) ** 2) + TV(theta, x),
         lambda theta, data: data["y"],
         strong_convexity=1.0,
-        smoothness=lambda theta, data: overstated * TV.bounds(theta).smoothness + 1,
+        smoothness=lambda theta, data: overstated * TV.bounds(theta, data["y"].shape).smoothness + 1,
     )
 
 

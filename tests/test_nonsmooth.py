@@ -234,11 +234,13 @@ def test_bad_arguments():
         jb.nonsmooth.argmin(smooth)
     with pytest.raises(TypeError, match="must be a ForwardBackward"):
         jb.nonsmooth.Oracle(NET, held_out, solver=jb.solvers.AGD())
-    for options in ({"biactive": "some"}, {"biactive_tol": 1.0}, {"damping": -1.0}, {"adjoint_solver": "minres"}):
+    for options in ({"biactive": "some"}, {"biactive_tol": 1.0}, {"damping": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
             jb.nonsmooth.Oracle(NET, held_out, **options)
+    with pytest.raises(TypeError, match="jb.implicit.Oracle needs a smooth problem, got WeightedL1Problem"):
+        jb.implicit.Oracle(NET, held_out)
     with pytest.raises(TypeError, match="has kinks"):
-        jb.implicit.Oracle(NET, held_out)(jnp.zeros(15), one(regression(20, 15, 0)))
+        jb.solve(NET, jnp.zeros(15), regression(20, 15, 0), solver=jb.solvers.AGD())
 
 
 def test_trees_of_parameters_by_default():

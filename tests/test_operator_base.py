@@ -218,3 +218,18 @@ def test_an_operator_is_a_protocol_of_two_methods():
     assert max(dot_test(Flip(5))) < 1e-15
     assert Flip(5) == Flip(5) and Flip(5).norm() == pytest.approx(1.0)
     assert jax.vmap(Flip(5))(jnp.ones((2, 5))).shape == (2, 5)
+
+
+def test_an_operator_without_a_transpose_is_refused_when_it_is_made():
+    with pytest.raises(TypeError, match="Half needs a method `transpose"):
+
+        class Half(LinearOperator):
+            def forward(self, x):
+                return x / 2
+
+
+def test_optional_abilities_say_that_they_are_missing():
+    with pytest.raises(ValueError, match="FromFunctions has no filtered backprojection"):
+        A.fbp(jnp.ones(3))
+    with pytest.raises(ValueError, match="Composition has no subsets"):
+        (A @ B.T).subset(0, 2)

@@ -1,4 +1,4 @@
-"""The lower-level solvers of papers 0 and 1 at their two tolerances, and optax optimisers as solvers."""
+"""The lower-level solvers of task-adapted denoising at its two tolerances, and optax optimisers as solvers."""
 
 import jax
 import jax.numpy as jnp

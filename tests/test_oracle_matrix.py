@@ -18,7 +18,7 @@ ORACLES = {
         case.problem, case.loss, solver=AGD, correct=True, **options
     ),
     "minres": lambda case, **options: jb.implicit.Oracle(
-        case.problem, case.loss, solver=AGD, adjoint_solver="minres", loss_smoothness=1.0, **options
+        case.problem, case.loss, solver=AGD, linear_solver=jb.solvers.MINRES(), loss_smoothness=1.0, **options
     ),
     "unroll": lambda case, **options: jb.unroll.Oracle(case.problem, case.loss, steps=case.unroll, **options),
     "unroll-checkpointed": lambda case, **options: jb.unroll.Oracle(

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from jbilevel.data import (
-    ABDOMEN_LABELS,
-    abdomen,
-    label_mask,
-    parallel_sinogram,
-    random_ellipses,
-    raster,
-    shepp_logan,
-)
+from jbilevel.data import ABDOMEN_LABELS, abdomen, label_mask, parallel_sinogram, random_ellipses, raster, shepp_logan
 
 
 def rng(seed=0):

@@ -103,7 +103,7 @@ def test_huber_tv_four_ways():
 
     @jax.jit
     def unrolled(params):
-        pair = PDHG().iterate(HUBER.problem.at(params, data), HUBER.problem.start(params, data), 300)
+        pair = PDHG().iterate(HUBER.problem.view(params, data), HUBER.problem.start(params, data), 300)
         return image_loss(params, pair, data)
 
     value = lambda params: oracle(HUBER, image_loss).value(params, batch, tol=1e-13).value  # noqa: E731
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_iterations():
 
     def unrolled(steps):
         def value(params):
-            pair = PDHG().iterate(setup.problem.at(params, data), setup.problem.start(params, data), steps)
+            pair = PDHG().iterate(setup.problem.view(params, data), setup.problem.start(params, data), steps)
             return image_loss(params, pair, data)
 
         return jax.jit(jax.grad(value))
@@ -312,7 +312,7 @@ def test_bad_input_is_named():
     assert list(hg.lower.status == jb.Status.NONFINITE) == [False, True, False] and np.isnan(hg.value)
     small = jb.piggyback.Oracle(replace(HUBER.problem, norm=0.5), image_loss, estimate=False)(params, batch, tol=1e-3)
     assert small.status == jb.Status.NORM_BOUND and np.isnan(small.value)
-    with pytest.raises(TypeError, match="piggyback needs a jb.SaddleProblem"):
+    with pytest.raises(TypeError, match="piggyback.Oracle needs a jb.SaddleProblem"):
         jb.piggyback.Oracle(jb.SmoothProblem(huber_energy, lambda p, data: data["y"]), image_loss)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         jb.piggyback.Oracle(HUBER.problem, image_loss, mode="alternating")

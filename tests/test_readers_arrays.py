@@ -119,12 +119,12 @@ def test_labels_that_are_no_digits_are_refused(digits):
 
 # --- CIFAR-10
 
-PHOTOS = rng.integers(0, 256, (5, 6, 32, 32, 3), dtype=np.uint8)
+PHOTOS = rng.integers(0, 256, (5, 6, 3, 32, 32), dtype=np.uint8)
 KINDS = rng.integers(0, 10, (5, 6), dtype=np.uint8)
 
 
 def records(images, labels):
-    return np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(len(images), -1)], axis=1).tobytes()
+    return np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1).tobytes()
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def cifar(tmp_path):
 
 def test_cifar10(cifar):
     train, test, some = cifar10(cifar), cifar10(cifar, "test"), cifar10(cifar, limit=8)
-    np.testing.assert_array_equal(train.images, PHOTOS.reshape(-1, 32, 32, 3) / np.float32(255))
+    np.testing.assert_array_equal(train.images, PHOTOS.reshape(-1, 3, 32, 32) / np.float32(255))
     np.testing.assert_array_equal(train.labels, KINDS.ravel())
     assert train.images.dtype == np.float32 and train.classes[3] == "cat"
     np.testing.assert_array_equal(test.images, train.images[:6][::-1])

@@ -57,7 +57,7 @@ def test_bsds500(bsds):
     np.testing.assert_array_equal(photo.boundaries, OUTLINES)
     assert photo.boundaries.dtype == np.uint8
     assert [p.name for p in bsds500(bsds)] == ["100.jpg", "22.jpg"] and bsds500(bsds, limit=1)[0].name == "100.jpg"
-    assert bsds500(bsds, grey=False)[0].image.shape == (6, 8, 3) and bsds500(bsds)[0].boundaries is None
+    assert bsds500(bsds, grey=False)[0].image.shape == (3, 6, 8) and bsds500(bsds)[0].boundaries is None
 
 
 @pytest.mark.parametrize("folder", ["BSDS500/data", "BSR/BSDS500/data"])
@@ -126,7 +126,7 @@ def streets(tmp_path):
 def test_camvid(streets):
     assert [len(camvid(streets, split)) for split in ("train", "val", "test")] == [3, 1, 2]
     sample = camvid(streets)[1]
-    np.testing.assert_allclose(sample.image, PHOTO / 255, atol=1e-7)
+    np.testing.assert_allclose(sample.image, np.moveaxis(PHOTO, -1, 0) / 255, atol=1e-7)
     expected = ((np.arange(48) + 1) % 12).reshape(6, 8)
     np.testing.assert_array_equal(sample.labels, np.where(expected == 11, IGNORED, expected))
     assert sample.image.dtype == np.float32 and sample.labels.dtype == np.uint8 and sample.name == "0001TP_1.png"
@@ -199,7 +199,7 @@ def test_cityscapes(cities):
     assert len(named) == 19 and labels[:7] == [IGNORED] * 7
     some = {"road": 7, "sidewalk": 8, "building": 11, "pole": 17, "sky": 23, "person": 24, "car": 26, "bicycle": 33}
     assert some.items() <= named.items() and "caravan" not in named
-    np.testing.assert_allclose(samples[0].image, PHOTO / 255, atol=1e-7)
+    np.testing.assert_allclose(samples[0].image, np.moveaxis(PHOTO, -1, 0) / 255, atol=1e-7)
 
 
 def test_ids_that_cityscapes_does_not_have_are_refused(cities):
@@ -233,7 +233,7 @@ def test_oxford_pets(pets):
     pet = samples[2]
     assert (pet.name, pet.label, samples.classes[36]) == ("yorkshire_terrier_9.jpg", 36, "yorkshire_terrier")
     assert samples[0].label == 0 and samples.classes[0] == "Abyssinian" and len(samples.classes) == 37
-    np.testing.assert_allclose(pet.image, np.full((6, 8, 3), 128 / 255), atol=0.01)
+    np.testing.assert_allclose(pet.image, np.full((3, 6, 8), 128 / 255), atol=0.01)
     np.testing.assert_array_equal(pet.labels, np.resize([1, 0, IGNORED], (6, 8)))
     assert pet.labels.dtype == np.uint8 and oxford_pets(pets, "test")[0].label == 5
 
@@ -296,7 +296,7 @@ def test_stanford_dogs(dogs, inner):
     assert len(samples) == 2 == len(stanford_dogs(dogs, "test")) and len(stanford_dogs(dogs, limit=1)) == 1
     assert [s.label for s in samples] == [0, 118] and samples[1].name == "n02113978_1.jpg"
     assert (samples.classes[0], samples.classes[118]) == ("Chihuahua", "Mexican_hairless")
-    np.testing.assert_allclose(samples[1].image, np.full((6, 8, 3), 150 / 255), atol=0.01)
+    np.testing.assert_allclose(samples[1].image, np.full((3, 6, 8), 150 / 255), atol=0.01)
 
 
 @pytest.mark.parametrize(

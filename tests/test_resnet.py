@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import jbilevel as jb
+from jbilevel._core import trees
 from jbilevel.nets import resnet
 
 RNG = np.random.default_rng(0)
@@ -86,8 +87,8 @@ def forward(d, x, *, bottleneck, stem="imagenet"):
 def test_equals_numpy(depth, stem, shape):
     net = shaken(made(depth, stem=stem))
     f, params = jb.nets.from_flax(net)
-    x = RNG.random((*shape, 3))
-    expected = forward(state_dict(net), x.transpose(2, 0, 1), bottleneck=depth >= 50, stem=stem)
+    x = RNG.random((3, *shape))
+    expected = forward(state_dict(net), x, bottleneck=depth >= 50, stem=stem)
     np.testing.assert_allclose(jax.jit(f)(params, x), expected, rtol=1e-9, atol=1e-12)
     assert np.ptp(expected) > 1e-3
 
@@ -108,7 +109,7 @@ def test_sizes_of_the_paper(depth, size):
 
 def test_statistics_are_frozen_and_calibrated():
     images = jnp.asarray(RNG.random((6, 16, 16)))
-    net = made(inputs=1, stem="small").calibrate(images)
+    net = made(channels=1, stem="small").calibrate(images)
     f, params = jb.nets.from_flax(net)
     alone, together = f(params, images[0]), jax.jit(jax.vmap(f, (None, 0)))(params, images)[0]
     np.testing.assert_allclose(alone, together, rtol=1e-9)  # no sample sees another
@@ -119,8 +120,8 @@ def test_statistics_are_frozen_and_calibrated():
 
 def test_normalisation_is_of_the_input():
     net, plain = (shaken(made(stem="small", normalise=n)) for n in (resnet.IMAGENET, None))
-    x = jnp.asarray(RNG.random((8, 8, 3)))
-    mean, deviation = (np.reshape(part, (1, 1, 3)) for part in resnet.IMAGENET)
+    x = jnp.asarray(RNG.random((3, 8, 8)))
+    mean, deviation = (np.reshape(part, (3, 1, 1)) for part in resnet.IMAGENET)
     np.testing.assert_allclose(net(x), plain((x - mean) / deviation), rtol=1e-9)
 
 
@@ -128,13 +129,17 @@ def test_fine_tuning_moves_the_head_only():
     net = shaken(made(stem="small"))
     f, params = jb.nets.from_flax(net)
     trainable, frozen = jb.partition(params, net.last())
-    assert jb.trees.size(trainable) == 16 * 3 + 3
-    assert jb.trees.size(jb.partition(params, net.last(1))[0]) > 1000
+    assert trees.size(trainable) == 16 * 3 + 3
+    assert trees.size(jb.partition(params, net.last(1))[0]) > 1000
     oracle = jb.explicit.Oracle(
         lambda p, d: jb.losses.cross_entropy(f(jb.combine(p, d["frozen"]), d["x"]), d["labels"]),
         in_axes={"x": 0, "labels": 0, "frozen": None},
     )
-    batch = {"x": jnp.asarray(RNG.random((4, 8, 8, 3))), "labels": jnp.array([0, 1, 2, 0]), "frozen": frozen}
+    batch = {
+        "x": jnp.moveaxis(jnp.asarray(RNG.random((4, 8, 8, 3))), -1, 1),
+        "labels": jnp.array([0, 1, 2, 0]),
+        "frozen": frozen,
+    }
     result = jb.fit(jb.FirstOrder(oracle, optax.adam(0.1)), trainable, batch, steps=4)
     assert result.history["value"][-1] < result.history["value"][0]
 
@@ -144,8 +149,8 @@ def test_fine_tuning_moves_the_head_only():
     [
         (lambda: made(20), "`depth` must be one of"),
         (lambda: made(stem="tiny"), "`stem` must be one of"),
-        (lambda: made(inputs=1, normalise=resnet.IMAGENET), "1 means and 1 deviations"),
-        (lambda: made()(jnp.ones((2, 8, 8, 3))), "use jax.vmap"),
+        (lambda: made(channels=1, normalise=resnet.IMAGENET), "1 means and 1 deviations"),
+        (lambda: made()(jnp.ones((2, 3, 8, 8))), "use jax.vmap"),
         (lambda: jb.nets.from_flax(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), "model.eval"),
         (lambda: jb.nets.from_flax(nnx.Dropout(0.5, rngs=nnx.Rngs(0))), "training mode"),
     ],

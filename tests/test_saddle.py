@@ -20,7 +20,7 @@ from benchmarks.saddle_problems import (
     total_variation,
 )
 from jbilevel import prox
-from jbilevel.saddle import power_norm
+from jbilevel._views.saddle import power_norm
 from jbilevel.solvers import PDHG
 from jbilevel.solvers.loop import run
 
@@ -91,7 +91,7 @@ def test_steps_obey_the_norm_and_reach_the_solution(known, accelerate):
     problem = replace(problem, constants=None, **KNOWN[known])
     exact = quadratic_exact(params, data)
     solver = PDHG(accelerate=accelerate, stride=7)
-    view, target = problem.at(params, data), jnp.asarray(0.0)
+    view, target = problem.view(params, data), jnp.asarray(0.0)
 
     @jax.jit
     def states():
@@ -116,7 +116,7 @@ def test_steps_obey_the_norm_and_reach_the_solution(known, accelerate):
 
 def test_fixed_length_is_the_same_iteration():
     problem, params, data = of(HUBER)
-    view, x0 = problem.at(params, data), problem.start(params, data)
+    view, x0 = problem.view(params, data), problem.start(params, data)
     solver = PDHG(stride=1)
     fixed = solver.iterate(view, x0, 30)
     looped = run(solver, view, x0, 0.0, 29).x  # the start takes one
@@ -147,11 +147,11 @@ def test_float32_says_what_it_attained():
 
 def test_estimated_norm():
     problem, params, data = of(experts(8))
-    view = replace(problem, norm=None).at(params, data)
+    view = replace(problem, norm=None).view(params, data)
     exact = float(problem.norm(params, data))
     assert 0.95 * exact <= float(view.norm) <= 1.06 * exact
     # one that is far too small is raised while solving
-    small = view._replace(norm=0.3 * view.norm)
+    small = replace(view, norm=0.3 * view.norm)
     solution = run(PDHG(), small, problem.start(params, data), 1e-8, 5000)
     assert solution.info.status == jb.Status.CONVERGED
     assert float(solution.state.norm) > float(small.norm)

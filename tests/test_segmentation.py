@@ -10,12 +10,12 @@ from jbilevel import losses, metrics
 
 LOSSES = (losses.cross_entropy, losses.dice, losses.iou, losses.log_cosh_dice)
 RNG = np.random.default_rng(0)
-LOGITS, LABELS = RNG.standard_normal((5, 6, 4)), RNG.integers(0, 4, (5, 6))
+LOGITS, LABELS = np.moveaxis(RNG.standard_normal((5, 6, 4)), -1, 0), RNG.integers(0, 4, (5, 6))
 SURE = 60.0
 
 
 def certain(prediction, classes):
-    return SURE * (2.0 * np.eye(classes)[prediction] - 1)
+    return np.moveaxis(SURE * (2.0 * np.eye(classes)[prediction] - 1), -1, 0)
 
 
 def by_hand(logits, labels, s, classes):
@@ -23,7 +23,7 @@ def by_hand(logits, labels, s, classes):
     scores = []
     for c in classes:
         inside = probable = true = 0.0
-        for z, label in zip(logits.reshape(-1, logits.shape[-1]), labels.ravel(), strict=True):
+        for z, label in zip(logits.reshape(len(logits), -1).T, labels.ravel(), strict=True):
             p = np.exp(z[c]) / np.exp(z).sum()
             inside, probable, true = inside + p * (label == c), probable + p, true + (label == c)
         scores.append(((2 * inside + s) / (probable + true + s), (inside + s) / (probable + true - inside + s)))
@@ -36,8 +36,8 @@ def test_soft_losses_against_sums_by_hand():
     assert float(losses.iou(LOGITS, LABELS, smoothing=0.5)) == pytest.approx(expected_iou, rel=1e-12)
     found = losses.log_cosh_dice(LOGITS, LABELS, smoothing=0.5)
     assert float(found) == pytest.approx(np.log(np.cosh(expected_dice)), rel=1e-12)
-    p = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
-    expected = -np.mean(np.log(np.take_along_axis(p, LABELS[..., None], -1)))
+    p = np.exp(LOGITS) / np.exp(LOGITS).sum(0, keepdims=True)
+    expected = -np.mean(np.log(np.take_along_axis(p, LABELS[None], 0)))
     assert float(losses.cross_entropy(LOGITS, LABELS)) == pytest.approx(expected, rel=1e-12)
 
 
@@ -51,8 +51,8 @@ def test_perfect_and_disjoint():
 
 
 def test_two_classes_by_one_logit():
-    logits, labels = LOGITS[..., 0], LABELS == 0
-    two = np.stack([np.zeros_like(logits), logits], -1)
+    logits, labels = LOGITS[0], LABELS == 0
+    two = np.stack([np.zeros_like(logits), logits])
     assert float(losses.cross_entropy(logits, labels)) == pytest.approx(
         float(losses.cross_entropy(two, labels)), rel=1e-12
     )
@@ -64,10 +64,10 @@ def test_two_classes_by_one_logit():
 def test_ignored_pixels_do_not_count(loss):
     labels = LABELS.copy()
     labels[:, 4:] = 255
-    expected = loss(LOGITS[:, :4], LABELS[:, :4])
+    expected = loss(LOGITS[..., :4], LABELS[:, :4])
     np.testing.assert_allclose(loss(LOGITS, labels, ignore=255), expected, rtol=1e-12)
     slope = jax.grad(lambda z: loss(z, labels, ignore=255))(jnp.asarray(LOGITS))
-    assert np.all(slope[:, 4:] == 0) and np.all(np.isfinite(slope)) and np.any(slope[:, :4] != 0)
+    assert np.all(slope[..., 4:] == 0) and np.all(np.isfinite(slope)) and np.any(slope[..., :4] != 0)
     nothing = jax.value_and_grad(lambda z: loss(z, np.full_like(labels, 255), ignore=255))(jnp.asarray(LOGITS))
     assert abs(float(nothing[0])) < 1e-12 and np.all(nothing[1] == 0)
     assert np.isnan(loss(LOGITS, labels))  # 255 is no class
@@ -94,7 +94,7 @@ def losses_of(loss, prediction, labels, c):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_against_finite_differences(loss):
     rng = np.random.default_rng(1)
-    for logits, labels in ((LOGITS, LABELS), (LOGITS[..., 0], LABELS == 1)):
+    for logits, labels in ((LOGITS, LABELS), (LOGITS[0], LABELS == 1)):
         direction = rng.standard_normal(logits.shape)
         slope = jnp.vdot(jax.grad(loss)(jnp.asarray(logits), labels), direction)
         up, down = (loss(logits + s * direction, labels) for s in (1e-6, -1e-6))
@@ -146,8 +146,8 @@ def test_the_composite_is_the_weighted_sum_of_its_parts():
     assert float(losses.Segmentation()(LOGITS, LABELS)) == pytest.approx(everything, rel=1e-12)
     assert losses.Segmentation() == losses.Segmentation() and hash(composite) != hash(losses.Segmentation())
     one = losses.Segmentation(dice=0.0, iou=0.0, log_cosh_dice=0.0)  # a label per image
-    assert float(one(LOGITS[0, 0], LABELS[0, 0])) == pytest.approx(
-        float(losses.cross_entropy(LOGITS[:1, :1], LABELS[:1, :1]))
+    assert float(one(LOGITS[:, 0, 0], LABELS[0, 0])) == pytest.approx(
+        float(losses.cross_entropy(LOGITS[:, :1, :1], LABELS[:1, :1]))
     )
 
 
@@ -169,15 +169,15 @@ def test_share_among_the_best_agrees_with_scikit_learn():
     ("call", "words"),
     [
         (lambda: losses.Segmentation(dice=-1.0), "must not be negative"),
-        (lambda: losses.Segmentation(0.0, 0.0, 0.0, 0.0), "one must be positive"),
+        (lambda: losses.Segmentation(cross_entropy=0.0, dice=0.0, iou=0.0, log_cosh_dice=0.0), "one must be positive"),
         (lambda: metrics.top_k(LOGITS, LABELS), r"must be \(n, C\)"),
-        (lambda: metrics.top_k(LOGITS[0], LABELS[0, :6], 5), "`k` must lie"),
-        (lambda: metrics.top_k(LOGITS[0], np.ones(6)), "`labels` must be integers"),
-        (lambda: losses.dice(LOGITS, LABELS[:3]), "one axis of classes more"),
+        (lambda: metrics.top_k(LOGITS[0].T, LABELS[0], 7), "`k` must lie"),
+        (lambda: metrics.top_k(LOGITS[0].T, np.ones(6)), "`labels` must be integers"),
+        (lambda: losses.dice(LOGITS, LABELS[:3]), "one axis of classes in front"),
         (lambda: losses.cross_entropy(LOGITS, LABELS.astype(float)), "`labels` must be integers"),
         (lambda: losses.iou(LOGITS, LABELS, smoothing=0.0), "`smoothing`"),
         (lambda: metrics.dice(LABELS, LABELS[:3], 4), "must both be"),
-        (lambda: metrics.iou(LOGITS[..., 0], LABELS, 4), "take the argmax"),
+        (lambda: metrics.iou(LOGITS[0], LABELS, 4), "take the argmax"),
         (lambda: metrics.dice(LABELS, LABELS, 1, background=False), "no class to count"),
     ],
 )

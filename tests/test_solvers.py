@@ -11,8 +11,8 @@ import pytest
 import scipy.optimize
 
 import jbilevel as jb
-from jbilevel import trees
-from jbilevel.results import Status
+from jbilevel._core import trees
+from jbilevel._core.results import Status
 from jbilevel.solvers import AGD, LBFGS, External, GradientDescent, NewtonCG, NonmonotoneAPG
 from jbilevel.solvers.loop import run, solve_jitted
 
@@ -317,7 +317,7 @@ class Counting:
 
 
 def count(case, solver, max_steps):
-    view = Counting(case.problem.at(case.params, case.data))
+    view = Counting(case.problem.view(case.params, case.data))
     with jax.disable_jit():
         info = run(solver, view, case.problem.start(case.params, case.data), 1e-3, max_steps).info
     return info, (view.values, view.gradients, view.products)
@@ -486,7 +486,7 @@ def test_refuses_a_negative_tolerance_and_a_wrong_shape(solver):
 def test_the_nonmonotone_reference_decreases(name, restart):
     """energy(x_k) <= c_k, and c_k never increases: what makes nmAPG safe without convexity."""
     case = CASES[name]
-    solver, view = NonmonotoneAPG(restart=restart), case.problem.at(case.params, jnp.asarray(case.data))
+    solver, view = NonmonotoneAPG(restart=restart), case.problem.view(case.params, jnp.asarray(case.data))
     first = solver.init(view, case.problem.start(case.params, case.data), 0.0)
 
     @jax.jit

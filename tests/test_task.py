@@ -11,7 +11,9 @@ from jax.flatten_util import ravel_pytree
 from problems_for_tests import central_differences, relative
 
 import jbilevel as jb
-from jbilevel.task import Pipeline, rates, reconstruct
+from jbilevel._core import trees
+from jbilevel.alternating import Alternating
+from jbilevel.task import Pipeline, _OnPictures, _Turns, rates, reconstruct
 
 RNG = np.random.default_rng(0)
 MASKS = np.zeros((3, 6, 6), np.int32)
@@ -55,7 +57,7 @@ def tomography():
 
 
 def ridge_filters():
-    R = jb.regularizers.CRR(channels=(2, 3), sizes=(3, 3))
+    R = jb.regularizers.CRR(widths=(2, 3), sizes=(3, 3))
     return jb.variational(None, R), R.init(jax.random.key(0)), BATCH
 
 
@@ -87,7 +89,7 @@ def test_gradient_of_the_whole_pipeline(made):
     )
     for part in ("regularizer", "task"):
         assert relative(hg.grad[part], ravel_pytree(expected[part])[0]) <= 1e-6
-        assert jb.trees.norm(hg.grad[part]) > 1e-4
+        assert trees.norm(hg.grad[part]) > 1e-4
     assert jax.tree.structure(hg.grad) == jax.tree.structure(params)
 
 
@@ -117,7 +119,7 @@ def learned(**settings):
 
 
 def test_maid_decreases_the_task_loss_and_leaves_the_network_alone():
-    found = learned(steps=8, method=jb.MAID)
+    found = learned(steps=8, method=None)  # MAID on a full batch
     values = found.fit.history["value"]
     assert np.all(np.diff(values) < 0) and len(values) >= 3
     assert jax.tree.all(jax.tree.map(np.array_equal, found.task, NET))
@@ -172,6 +174,41 @@ def test_alternating_is_joint_where_one_group_rests():
     joint = learned(method=partial(EXACTLY, optimizer=rates(regularizer=optax.sgd(0.3), task=optax.sgd(0.0))), **slow)
     turns = learned(method=partial(EXACTLY, optimizer=optax.sgd(0.3)), alternate=optax.sgd(0.0), **slow)
     np.testing.assert_allclose(joint.regularizer, turns.regularizer, rtol=1e-9)
+
+
+def test_the_network_learns_on_reconstructions_of_the_present_accuracy():
+    """HOAG's accuracy falls 216-fold in six steps, and that of the pictures with it."""
+    asked = []
+
+    class Spy(jb.implicit.Oracle):
+        def value(self, params, batch, warm=None, *, tol=1e-6, sample_weight=None):
+            jax.debug.callback(lambda tol: asked.append(float(tol)), tol)
+            return super().value(params, batch, warm, tol=tol, sample_weight=sample_weight)
+
+    pipeline, params, batch, _ = settled(*denoising())
+    axes = {name: 0 for name in BATCH} | {"frozen": None}
+    oracle = Spy(pipeline.lower, pipeline, solver=jb.solvers.GradientDescent, in_axes=axes)
+    parts = {"x": 0, "labels": 0, "frozen": None}
+    network = jb.FirstOrder(jb.explicit.Oracle(_OnPictures(pipeline), in_axes=parts), optax.adam(0.02))
+    method = Alternating(oracle, jb.HOAG(oracle, "cubic"), network, batches=_Turns(pipeline))
+    tols = jb.fit(method, params, batch, steps=6).history["tol"]
+    jax.effects_barrier()
+    assert tols[0] / tols[-1] == pytest.approx(216)
+    np.testing.assert_array_equal(asked, tols)
+
+
+@pytest.mark.parametrize("alternate", [None, optax.adam(0.02)], ids=["joint", "alternating"])
+def test_without_a_method_changing_batches_go_to_adam(alternate):
+    def batch(step):
+        chosen = np.array([step % 3, (step + 1) % 3])
+        return {k: v[chosen] for k, v in BATCH.items()} | {"index": chosen}
+
+    found = learned(method=None, batches=batch, steps=3, finetune=head, alternate=alternate)
+    moved = float(jnp.abs(found.regularizer - TV.init(weight=0.1))[0])
+    assert 0.1 < moved <= 0.3 + 1e-6  # three steps of Adam with rate 0.1
+    assert not np.array_equal(found.task["head"]["slope"], NET["head"]["slope"]) and len(repr(found)) <= 360
+    with pytest.raises(ValueError, match="MAID compares values|Alternating compares values"):
+        learned(method=jb.MAID, batches=batch, steps=1, finetune=head, alternate=alternate)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import jbilevel as jb
+from jbilevel._core import trees
 
 
 def made(inputs=1, outputs=3, **settings):
@@ -50,7 +51,7 @@ def test_equals_numpy():
     v = pair(np.concatenate([up(third), second], -1), p["ups"][0])
     v = pair(np.concatenate([up(v), first], -1), p["ups"][1])
     expected = convolve(v, p["output"])
-    np.testing.assert_allclose(jax.jit(f)(params, x), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(f)(params, x), np.moveaxis(expected, -1, 0), rtol=1e-9, atol=1e-12)
     assert expected.shape == (8, 12, 3) and np.ptp(expected) > 1e-3
 
 
@@ -58,9 +59,9 @@ def test_odd_sides_and_volumes():
     x = np.random.default_rng(0).random((7, 10))
     net = made()
     whole = net(np.pad(x, ((0, 1), (0, 2)), mode="edge"))
-    np.testing.assert_allclose(net(x), whole[:7, :10], rtol=1e-12)
+    np.testing.assert_allclose(net(x), whole[:, :7, :10], rtol=1e-12)
     volume = made(2, 1, dims=3, widths=(2, 3))
-    assert volume(jnp.ones((4, 5, 6, 2))).shape == (4, 5, 6)
+    assert volume(jnp.ones((2, 4, 5, 6))).shape == (4, 5, 6)
 
 
 def test_residual_starts_from_the_image():
@@ -85,7 +86,7 @@ def test_fine_tuning_moves_the_last_blocks_only():
     assert result.history["value"][-1] < result.history["value"][0]
     before, after = (jax.tree.leaves(tree) for tree in (trainable, result.params))
     assert not any(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
-    assert jb.trees.size(trainable) == sum(jb.trees.size(nnx.state(m)) for m in (net.ups[1], net.ups[2], net.output))
+    assert trees.size(trainable) == sum(trees.size(nnx.state(m)) for m in (net.ups[1], net.ups[2], net.output))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_fine_tuning_moves_the_last_blocks_only():
         (lambda: made(widths=(4,)), "at least two levels"),
         (lambda: made(1, 3, residual=True), "as many outputs"),
         (lambda: made()(jnp.ones((2, 8, 8))), "`x` must have 2 axes"),
-        (lambda: made(2, 1)(jnp.ones((8, 8))), "2 channels last"),
+        (lambda: made(2, 1)(jnp.ones((8, 8))), "2 axes after 2 channels"),
         (lambda: jb.nets.VGG, "no attribute 'VGG'"),
     ],
 )

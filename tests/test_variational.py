@@ -77,7 +77,7 @@ def test_identity():
         assert float(getattr(constants, name)) == pytest.approx(float(getattr(own, name)))
     x, info = jb.solve(problem, THETA, IMAGE, tol=1e-8)
     assert int(info.status) == jb.Status.CONVERGED and float(info.error) <= 1e-8
-    assert float(jnp.linalg.norm(problem.at(THETA, IMAGE).gradient(x))) <= 1e-8
+    assert float(jnp.linalg.norm(problem.view(THETA, IMAGE).gradient(x))) <= 1e-8
 
 
 def test_measurement_inside_the_data():
@@ -95,7 +95,7 @@ def test_plain_function():
     y = blur(IMAGE)
     constants = check_bounds(problem, THETA, y)
     assert constants.strong_convexity is None
-    assert float(constants.smoothness) == pytest.approx(1 + float(TV.bounds(THETA).smoothness))
+    assert float(constants.smoothness) == pytest.approx(1 + float(TV.bounds(THETA, IMAGE.shape).smoothness))
     # the multiple of A'y that fits y best
     start = problem.start(THETA, y)
     (back,) = jax.linear_transpose(blur, IMAGE)(y)
@@ -112,7 +112,7 @@ def test_operator_object():
     problem = jb.variational(A, TV, data_convexity=1.0)
     y = A(IMAGE)
     constants = check_bounds(problem, THETA, y)
-    assert float(constants.smoothness) == pytest.approx(9 + float(TV.bounds(THETA).smoothness))
+    assert float(constants.smoothness) == pytest.approx(9 + float(TV.bounds(THETA, IMAGE.shape).smoothness))
     assert float(constants.strong_convexity) == 1.0
     back = A.H(y)
     length = jnp.vdot(A(back), y) / jnp.vdot(A(back), A(back))
@@ -188,7 +188,7 @@ def check_solution(problem, y):
     [
         jb.operators.Blur((6, 5), rng.random((3, 2)), "symmetric"),
         jb.operators.Mask(rng.random((6, 5)) < 0.5),
-        jb.operators.UndersampledFourier((6, 5), rng.random((6, 5)) < 0.5, rng.standard_normal((2, 6, 5))),
+        jb.operators.UndersampledFourier((6, 5), rng.random((6, 5)) < 0.5, coils=rng.standard_normal((2, 6, 5))),
         jb.operators.stack([jb.operators.DownSample((6, 5), 1), jb.operators.Gradient((6, 5))]),
     ],
     ids=lambda A: type(A).__name__,
@@ -198,7 +198,7 @@ def test_every_operator(A):
     y = {"y": jax.tree.map(lambda v: v + 0.1, A(IMAGE))}  # a tuple of measurements has to be named
     constants = check_bounds(problem, THETA, y)
     assert constants.strong_convexity is None
-    assert float(constants.smoothness) == pytest.approx(A.norm() ** 2 + float(TV.bounds(THETA).smoothness))
+    assert float(constants.smoothness) == pytest.approx(A.norm() ** 2 + float(TV.bounds(THETA, IMAGE.shape).smoothness))
     check_solution(problem, y)
     with pytest.raises(ValueError, match="measurement has shape"):
         problem.energy(THETA, IMAGE, jnp.zeros((3, 3)))

@@ -12,8 +12,17 @@ from jbilevel.operators.cone import FDK
 rng = np.random.default_rng(0)
 ANGLES = (0.3, 0.8, 3.5)
 GEOMETRIES = {
-    "parallel": lambda: ParallelBeam3D((3, 4, 5), ANGLES, (5, 7), 1.0, 0.7),
-    "cone": lambda: ConeBeam((3, 4, 5), ANGLES, (4, 7), 6.0, 3.0, 1.0, 1.5, 0.2),
+    "parallel": lambda: ParallelBeam3D((3, 4, 5), ANGLES, (5, 7), pixel_size=1.0, detector_size=0.7),
+    "cone": lambda: ConeBeam(
+        (3, 4, 5),
+        ANGLES,
+        (4, 7),
+        source_origin=6.0,
+        origin_detector=3.0,
+        pixel_size=1.0,
+        detector_size=1.5,
+        detector_offset=0.2,
+    ),
 }
 every_geometry = pytest.mark.parametrize("make", GEOMETRIES.values(), ids=GEOMETRIES)
 
@@ -87,7 +96,7 @@ def test_slices_of_a_parallel_beam_are_planar():
 @pytest.mark.parametrize("rows, size", [(3, 1.0), (5, 0.5), (2, 2.0)])
 def test_a_cylinder_through_all_slices(rows, size):
     """From its analytic line integrals (a pixelated disc would alias by more than a per cent)."""
-    A = ParallelBeam3D((3, 24, 24), np.pi * np.arange(60) / 60, (rows, 50), 1.0, size)
+    A = ParallelBeam3D((3, 24, 24), np.pi * np.arange(60) / 60, (rows, 50), pixel_size=1.0, detector_size=size)
     y = ellipse_sinogram(A._slice, (1.0, -2.0), (8.0, 8.0), 0.0)
     reconstruction = A.fbp(jnp.asarray(np.stack([y] * rows)))
     np.testing.assert_allclose(reconstruction[1, 11:17, 10:16], 1, atol=0.02)
@@ -95,15 +104,42 @@ def test_a_cylinder_through_all_slices(rows, size):
 
 
 def test_central_plane_of_a_cone_is_the_fan():
-    cone = ConeBeam((3, 8, 9), ANGLES, (5, 12), 9.0, 4.0, 1.0, 1.2, 0.3)
-    fan = FanBeam((8, 9), ANGLES, 12, 9.0, 4.0, 1.0, 1.2, 0.3)
+    cone = ConeBeam(
+        (3, 8, 9),
+        ANGLES,
+        (5, 12),
+        source_origin=9.0,
+        origin_detector=4.0,
+        pixel_size=1.0,
+        detector_size=1.2,
+        detector_offset=0.3,
+    )
+    fan = FanBeam(
+        (8, 9),
+        ANGLES,
+        12,
+        source_origin=9.0,
+        origin_detector=4.0,
+        pixel_size=1.0,
+        detector_size=1.2,
+        detector_offset=0.3,
+    )
     x = jnp.asarray(rng.standard_normal(cone.in_shape))
     np.testing.assert_allclose(cone(x)[2], fan(x[1]), atol=1e-13)
 
 
 def test_analytic_ball_and_its_reconstruction():
     """Off centre in all three directions; seen from a source that is close enough for rays to climb."""
-    A = ConeBeam((24, 32, 32), 2 * np.pi * np.arange(72) / 72, (40, 52), 60.0, 30.0, 1.0, 1.3, 0.4)
+    A = ConeBeam(
+        (24, 32, 32),
+        2 * np.pi * np.arange(72) / 72,
+        (40, 52),
+        source_origin=60.0,
+        origin_detector=30.0,
+        pixel_size=1.0,
+        detector_size=1.3,
+        detector_offset=0.4,
+    )
     centre, radius = (2.0, -3.0, 1.5), 8.0
     exact, volume = ball_data(A, centre, radius), ball(A, centre, radius)
     found = A(jnp.asarray(volume))
@@ -116,7 +152,7 @@ def test_analytic_ball_and_its_reconstruction():
 
 
 def test_fdk_is_linear_and_checks_its_input():
-    A = ConeBeam((2, 4, 4), 2 * np.pi * np.arange(6) / 6, (3, 6), 9.0)
+    A = ConeBeam((2, 4, 4), 2 * np.pi * np.arange(6) / 6, (3, 6), source_origin=9.0)
     y = jnp.asarray(rng.standard_normal(A.out_shape))
     energy = lambda y: 0.5 * jnp.sum(A.fbp(y, "hann") ** 2)  # noqa: E731
     F = FDK(A, "hann")
@@ -124,7 +160,7 @@ def test_fdk_is_linear_and_checks_its_input():
     with pytest.raises(ValueError, match="`filter`"):
         A.fbp(y, "sharp")
     with pytest.raises(ValueError, match="full turn"):
-        ConeBeam((2, 4, 4), np.arange(30) / 10, (3, 6), 9.0).fbp(jnp.ones((3, 30, 6)))
+        ConeBeam((2, 4, 4), np.arange(30) / 10, (3, 6), source_origin=9.0).fbp(jnp.ones((3, 30, 6)))
 
 
 @pytest.mark.parametrize("make", [ParallelBeam3D, lambda *a, **k: ConeBeam(*a, source_origin=20.0, **k)])

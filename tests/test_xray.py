@@ -12,11 +12,22 @@ rng = np.random.default_rng(0)
 ANYHOW = tuple(rng.uniform(-4, 8, 5))
 GEOMETRIES = {
     "square": lambda: ParallelBeam(6, np.pi * np.arange(8) / 8, 9),
-    "fine bins": lambda: ParallelBeam((5, 7), ANYHOW, 30, 0.7, 0.3, 0.2),
-    "coarse bins": lambda: ParallelBeam((5, 7), ANYHOW, 5, 1.0, 2.5, -1.0),
+    "fine bins": lambda: ParallelBeam((5, 7), ANYHOW, 30, pixel_size=0.7, detector_size=0.3, detector_offset=0.2),
+    "coarse bins": lambda: ParallelBeam((5, 7), ANYHOW, 5, pixel_size=1.0, detector_size=2.5, detector_offset=-1.0),
     "one side only": lambda: ParallelBeam((4, 3), [0.1, 0.2], 6),
-    "fan": lambda: FanBeam((5, 7), ANYHOW, 12, 9.0, 5.0, 0.7, 1.1, 0.3),
-    "wide fan, fine bins": lambda: FanBeam(5, [0.785, 2.0], 25, 5.0, 0.0, 1.0, 0.4),
+    "fan": lambda: FanBeam(
+        (5, 7),
+        ANYHOW,
+        12,
+        source_origin=9.0,
+        origin_detector=5.0,
+        pixel_size=0.7,
+        detector_size=1.1,
+        detector_offset=0.3,
+    ),
+    "wide fan, fine bins": lambda: FanBeam(
+        5, [0.785, 2.0], 25, source_origin=5.0, origin_detector=0.0, pixel_size=1.0, detector_size=0.4
+    ),
 }
 every_geometry = pytest.mark.parametrize("make", GEOMETRIES.values(), ids=GEOMETRIES)
 
@@ -124,8 +135,24 @@ def test_subsets_under_vmap_and_derivatives():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda n: ParallelBeam((4 * n, 5 * n), np.pi * np.arange(20) / 20, 7 * n, 8 / n, 8 / n, 0.4),
-        lambda n: FanBeam((4 * n, 5 * n), 2 * np.pi * np.arange(20) / 20, 7 * n, 60.0, 30.0, 8 / n, 12 / n, 0.4),
+        lambda n: ParallelBeam(
+            (4 * n, 5 * n),
+            np.pi * np.arange(20) / 20,
+            7 * n,
+            pixel_size=8 / n,
+            detector_size=8 / n,
+            detector_offset=0.4,
+        ),
+        lambda n: FanBeam(
+            (4 * n, 5 * n),
+            2 * np.pi * np.arange(20) / 20,
+            7 * n,
+            source_origin=60.0,
+            origin_detector=30.0,
+            pixel_size=8 / n,
+            detector_size=12 / n,
+            detector_offset=0.4,
+        ),
     ],
     ids=["parallel", "fan"],
 )
@@ -157,8 +184,17 @@ def test_equals_astra(make):
 def test_a_fan_from_far_away_is_parallel():
     x = jnp.asarray(rng.standard_normal((9, 8)))
     parallel, fan = (
-        ParallelBeam((9, 8), ANYHOW, 14, 1.0, 1.0, 0.2),
-        FanBeam((9, 8), ANYHOW, 14, 1e7, 0.0, 1.0, 1.0, 0.2),
+        ParallelBeam((9, 8), ANYHOW, 14, pixel_size=1.0, detector_size=1.0, detector_offset=0.2),
+        FanBeam(
+            (9, 8),
+            ANYHOW,
+            14,
+            source_origin=1e7,
+            origin_detector=0.0,
+            pixel_size=1.0,
+            detector_size=1.0,
+            detector_offset=0.2,
+        ),
     )
     np.testing.assert_allclose(fan(x), parallel(x), atol=1e-5)
 

@@ -2,18 +2,18 @@
 
 from .bsds import Photograph, bsds500
 from .cifar import cifar10
-from .decathlon import Volume, decathlon
 from .dicom import CTSeries, CTSlice, dicom_series
 from .ellipses import Ellipse, label_mask, line_integrals, parallel_sinogram, raster
 from .folders import ImageFolder, image_folder
 from .hounsfield import MU_WATER, attenuation_to_hu, density_to_hu, hu_to_attenuation, hu_to_density
-from .lodopab import Scan, lodopab
-from .mnist import mnist
+from .idx_digits import mnist
+from .lodopab_ct import Scan, lodopab
+from .medical_decathlon import Volume, decathlon
 from .noise import gaussian, poisson_transmission
 from .pets import Pet, oxford_pets, stanford_dogs
 from .phantoms import ABDOMEN_LABELS, Abdomen, abdomen, random_ellipses, shepp_logan
-from .photographs import PHOTOGRAPHS, TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, centre_crop, crops, photographs
 from .samples import IGNORED, Labelled, LabelledImages, Samples, Segmented, split_by_patient
+from .scikit_image import PHOTOGRAPHS, TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, centre_crop, crops, photographs
 from .street_scenes import CAMVID_CLASSES, CITYSCAPES_CLASSES, camvid, cityscapes
 
 __all__ = [
@@ -67,3 +67,7 @@ __all__ = [
     "split_by_patient",
     "stanford_dogs",
 ]
+
+
+def __dir__():
+    return __all__

@@ -22,7 +22,7 @@ class Photograph(NamedTuple):
     """A photograph of BSDS500.
 
     Attributes:
-        image: float32 in [0, 1], (height, width) or (height, width, 3).
+        image: float32 in [0, 1], (height, width) or (3, height, width).
         boundaries: uint8 (annotators, height, width), 1 on the outlines that each person drew; None if not asked for.
         name: of the file.
     """
@@ -82,7 +82,7 @@ def bsds500(
         image = read_picture(path, grey, max_pixels).astype(np.float32)
         outlines = None if drawing is None else _boundaries(drawing)
         if outlines is not None:
-            check_same_size(path, image.shape[:2], drawing, outlines.shape[1:])
+            check_same_size(path, image.shape[-2:], drawing, outlines.shape[1:])
         return Photograph(image, outlines, path.name)
 
     return Samples(tuple(keys[:limit]), read)

@@ -25,7 +25,7 @@ def cifar10(root, split: str = "train", *, limit: int | None = None) -> Labelled
         limit: read the first ``limit`` images only.
 
     Returns:
-        Images (n, 32, 32, 3), labels and names of the classes.
+        Images (n, 3, 32, 32), labels and names of the classes.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -44,7 +44,7 @@ def cifar10(root, split: str = "train", *, limit: int | None = None) -> Labelled
             parts.append(_records(folder / name, left))
             left = None if left is None else left - len(parts[-1])
     records = np.concatenate(parts)
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / np.float32(255)
+    images = records[:, 1:].reshape(-1, 3, 32, 32) / np.float32(255)
     return LabelledImages(images, records[:, 0].astype(np.int32), _CLASSES)
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .photographs import centre_crop
 from .pictures import read_picture
 from .samples import MAX_PIXELS, check_limit
+from .scikit_image import centre_crop
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -47,8 +47,8 @@ def image_folder(
         max_pixels: refuse larger pictures, before they are decompressed.
 
     Returns:
-        ``(images, names)``. With ``size``, images is an array (n, size, size), or (n, size, size, 3) in colour;
-        without, a list of arrays (height, width) or (height, width, 3), for pictures may differ in size.
+        ``(images, names)``. With ``size``, images is an array (n, size, size), or (n, 3, size, size) in colour;
+        without, a list of arrays (height, width) or (3, height, width), for pictures may differ in size.
 
     Raises:
         FileNotFoundError: ``root`` is not a folder, or holds no picture.

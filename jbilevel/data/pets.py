@@ -37,7 +37,7 @@ class Pet(NamedTuple):
     """A photograph of the Oxford-IIIT Pet data set.
 
     Attributes:
-        image: float32 (height, width, 3) in [0, 1].
+        image: float32 (3, height, width) in [0, 1].
         label: number of the breed, 0, ..., 36.
         labels: uint8 (height, width): 1 on the pet, 0 on the background, 255 on the border between them, which the
             trimaps leave open.
@@ -85,7 +85,7 @@ def oxford_pets(root, split: str = "trainval", *, limit: int | None = None, max_
         image_path, trimap_path, label = key
         image = read_picture(image_path, False, max_pixels).astype(np.float32)
         trimap = read_label_picture(trimap_path, max_pixels)
-        check_same_size(image_path, image.shape[:2], trimap_path, trimap.shape)
+        check_same_size(image_path, image.shape[-2:], trimap_path, trimap.shape)
         if not np.all((trimap >= 1) & (trimap <= 3)):
             raise ValueError(f"{trimap_path} has values other than 1 (pet), 2 (background) and 3 (border).")
         return Pet(image, label, np.array([0, 1, 0, IGNORED], np.uint8)[trimap], image_path.name)

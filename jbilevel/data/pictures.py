@@ -14,7 +14,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def read_picture(path, grey: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """One picture as a float64 array in [0, 1], (height, width) or (height, width, 3); see :func:`image_folder`.
+    """One picture as a float64 array in [0, 1], (height, width) or (3, height, width); see :func:`image_folder`.
 
     Raises:
         ValueError: the file is damaged, too large or of a kind that has no known range, with its name.
@@ -27,7 +27,7 @@ def read_picture(path, grey: bool = False, max_pixels: int = MAX_PIXELS) -> np.n
     image = _unit_range(pixels, raw, path)
     if grey:
         return image @ _LUMA if image.ndim == 3 else image
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+    return np.moveaxis(image, -1, 0) if image.ndim == 3 else np.repeat(image[None], 3, axis=0)
 
 
 def read_label_picture(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

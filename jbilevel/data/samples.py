@@ -19,7 +19,7 @@ class Labelled(NamedTuple):
     """An image with its class.
 
     Attributes:
-        image: float32 (height, width, 3) in [0, 1].
+        image: float32 (3, height, width) in [0, 1].
         label: number of the class, from 0.
         name: of the file.
     """
@@ -33,7 +33,7 @@ class Segmented(NamedTuple):
     """An image with a class for each pixel.
 
     Attributes:
-        image: float32 (height, width, 3) in [0, 1].
+        image: float32 (3, height, width) in [0, 1].
         labels: uint8 (height, width), :data:`IGNORED` = 255 where a pixel belongs to no class.
         name: of the file.
     """
@@ -47,7 +47,7 @@ class LabelledImages(NamedTuple):
     """Small images in memory, with their classes.
 
     Attributes:
-        images: float32 in [0, 1], (n, height, width) or (n, height, width, 3).
+        images: float32 in [0, 1], (n, height, width) or (n, 3, height, width).
         labels: int32 (n,), from 0.
         classes: name of each class.
     """

@@ -148,7 +148,7 @@ def _segmented(pairs, table, classes, max_pixels):
         image_path, label_path = pair
         image = read_picture(image_path, False, max_pixels).astype(np.float32)
         numbers = read_label_picture(label_path, max_pixels)
-        check_same_size(image_path, image.shape[:2], label_path, numbers.shape)
+        check_same_size(image_path, image.shape[-2:], label_path, numbers.shape)
         labels = table[numbers]
         if labels.min() < 0:
             raise ValueError(f"{label_path} has the label {numbers[labels < 0][0]}, which this data set does not have.")

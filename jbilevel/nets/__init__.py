@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jbilevel.nets.resnet import ResNet as ResNet
     from jbilevel.nets.unet import UNet as UNet
 
+__all__ = ["LPD", "ConvNet", "JointLoss", "ResNet", "UNet", "from_equinox", "from_flax", "load_torch", "read_torch"]
+
 _NEED_FLAX = {"ConvNet": "convolutions", "LPD": "lpd", "ResNet": "resnet", "UNet": "unet"}  # name -> file
 
 
@@ -23,3 +25,7 @@ def __getattr__(name: str):
     if name not in _NEED_FLAX:
         raise AttributeError(f"module 'jbilevel.nets' has no attribute {name!r}")
     return getattr(import_module(f"jbilevel.nets.{_NEED_FLAX[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -22,9 +22,10 @@ class ConvNet(nnx.Module):
     """(*shape, inputs) -> (*shape, outputs): ``depth`` convolutions with zero padding, an activation between them.
 
     Args:
-      inputs, outputs: channels.
+      inputs, outputs: features, on the last axis as everywhere in Flax. (Images have their channels in front, and
+        `UNet` and `ResNet` take them so.)
       dims: axes of ``shape``.
-      width: channels between the convolutions.
+      width: features between the convolutions.
       kernel, last_kernel: sides of the kernels; ``last_kernel=None`` takes ``kernel`` for the last one too.
       activation: "prelu" (one learned slope for each, from 0.25), "prelu-channels" (one per channel, from 0), or a
         function of arrays.
@@ -84,9 +85,16 @@ def convolution(inputs, outputs, side, *, dims, weights="xavier", zero=False, dt
     if zero:
         kernel_init = bias_init = nnx.initializers.zeros_init()
     return nnx.Conv(
-        inputs, outputs, (side,) * dims, padding="SAME", kernel_init=kernel_init, bias_init=bias_init,
-        dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        (side,) * dims,
+        padding="SAME",
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 def _uniform(bound: float) -> Callable:

@@ -39,7 +39,7 @@ class JointLoss:
     Raises:
       ValueError: ``weight`` or ``scales`` out of range. KeyError: params or data lack an entry.
 
-    Reference: Adler, Lunz, Verdier, Schönlieb & Öktem, Task adapted reconstruction, arXiv:1809.00948.
+    Reference: Adler, Lunz, Verdier, Schönlieb & Öktem, Task adapted reconstruction, 2022, adler_task_2022.
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> loss = JointLoss(lambda p, y: p * y, lambda p, x: p * x, jb.losses.dice, weight=1.0)
@@ -70,6 +70,4 @@ class JointLoss:
         """The two parts; with C = 1 no gradient of the second reaches R."""
         x = self.reconstruct(params["reconstruction"], data["y"])
         seen = jax.lax.stop_gradient(x) if self.weight == 1 else x
-        return Terms(
-            jnp.mean((x - data["x"]) ** 2), self.task_loss(self.task(params["task"], seen), data["labels"])
-        )  # fmt: skip
+        return Terms(jnp.mean((x - data["x"]) ** 2), self.task_loss(self.task(params["task"], seen), data["labels"]))

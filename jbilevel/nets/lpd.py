@@ -13,21 +13,32 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jbilevel.nets.convolutions import ConvNet, nnx
 from jbilevel.nets.sketches import coarsened, resized
+from jbilevel.operators.base import LinearOperator
 
 # What was published, as far as it differs from the defaults of `LPD`.
 NAMED = {
     # Adler & Öktem 2018: reads the second memory channel, writes the first.
     "adler-oktem": {"layers": 10, "memory": (5, 5), "read": (1, 0), "weights": "xavier"},
     "thesis": {
-        "layers": 12, "kernel": 5, "step": 0.01, "normalise": False, "initial": "fbp", "weights": "torch",
+        "layers": 12,
+        "kernel": 5,
+        "step": 0.01,
+        "normalise": False,
+        "initial": "fbp",
+        "weights": "torch",
     },
     "thesis-mnist": {"layers": 5, "step": 0.01, "normalise": False, "initial": "fbp", "weights": "torch"},
     # The pseudo-inverse (here filtered backprojection) in place of the transpose.
     "pdnet": {
-        "layers": 2, "memory": (5, 5), "read": (1, 0), "write": 1, "initial": "fbp", "back": "fbp",
+        "layers": 2,
+        "memory": (5, 5),
+        "read": (1, 0),
+        "write": 1,
+        "initial": "fbp",
+        "back": "fbp",
         "weights": "torch",
     },
-}  # fmt: skip
+}
 PRODUCTS = "products of the operator"  # their name for jax.checkpoint
 CHOICES = {
     "initial": ("zeros", "fbp"),
@@ -102,9 +113,9 @@ class LPD(nnx.Module):
         is asked of it.
       ImportError: flax is not installed.
 
-    References: Adler & Öktem, Learned primal-dual reconstruction, IEEE Trans. Med. Imaging 37 (2018), algorithm 3;
-    Tang, Mukherjee & Schönlieb, Stochastic primal-dual deep unrolling, arXiv:2110.10093 (LSPD) and arXiv:2208.14784
-    (sketched).
+    References: Adler & Öktem, Learned primal-dual reconstruction, IEEE Trans. Med. Imaging 37 (2018), adler_lpd_2018,
+    algorithm 3; Tang, Mukherjee & Schönlieb, Stochastic primal-dual deep unrolling, arXiv:2110.10093 (LSPD) and
+    arXiv:2208.14784 (sketched).
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> from flax import nnx
@@ -155,9 +166,10 @@ class LPD(nnx.Module):
         """A published network, with ``changes`` of its settings.
 
         "adler-oktem": 10 layers of 3 x 3 convolutions, memory 5, normalised operator, from zero; 251,980 parameters in
-        two dimensions (Adler & Öktem 2018). "thesis": 12 layers of 5 x 5, no memory, learned step sizes from 0.01,
-        operator as it is, from FBP; 683,232. "thesis-mnist": the same with 5 layers of 3 x 3; 102,920. "pdnet": 2
-        layers as the first, with FBP for the transpose and for the start; 50,396.
+        two dimensions (Adler & Öktem 2018, adler_lpd_2018). "thesis": 12 layers of 5 x 5, no memory, learned step sizes
+        from 0.01, operator as it is, from FBP; 683,232 (Kadagala 2025, kadagala_thesis_2025). "thesis-mnist": the same
+        with 5 layers of 3 x 3; 102,920. "pdnet": 2 layers as the first, with FBP for the transpose and for the start;
+        50,396.
 
         Raises:
           ValueError: another name.
@@ -271,8 +283,8 @@ def _stacked(layers: list[Layer]) -> Layer:
 def _check(net: LPD, layers: int) -> None:
     A, m = net.operator, net.subsets
     for name, allowed in CHOICES.items():
-        if getattr(net, name) not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(net, name)!r}.")
+        if vars(net)[name] not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {vars(net)[name]!r}.")
     if layers < 1 or min(net.memory) < 1:
         raise ValueError(f"`layers` and `memory` must be at least 1, got {layers} and {net.memory}.")
     channels = (*zip(net.read, net.memory, strict=True), (net.write, net.memory[0]))
@@ -280,11 +292,11 @@ def _check(net: LPD, layers: int) -> None:
         raise ValueError(f"`read` {net.read} and `write` {net.write} must be channels of `memory` {net.memory}.")
     if (A.in_kind, A.out_kind) != ("real", "real"):
         raise ValueError("`operator` must be real: split complex data into real and imaginary part.")
-    if "fbp" in (net.initial, net.back) and not hasattr(A, "fbp"):
+    if "fbp" in (net.initial, net.back) and type(A).fbp is LinearOperator.fbp:
         raise ValueError(f"'fbp' needs an operator with `fbp`, {type(A).__name__} has none: give x0 to the call.")
     if not 1 <= m <= layers:
         raise ValueError(f"`subsets` must lie between 1 and `layers` = {layers}, got {m}: else some data go unseen.")
-    if m > 1 and (not hasattr(A, "subset") or net.back == "fbp"):
+    if m > 1 and (type(A).subset is LinearOperator.subset or net.back == "fbp"):
         raise ValueError("`subsets` needs an operator with `subset(i, m)`, such as ParallelBeam, and back='transpose'.")
     if len(net.sketch) != layers or list(net.sketch) != sorted(net.sketch, reverse=True) or min(net.sketch) < 1:
         raise ValueError(f"`sketch` must give {layers} factors of at least 1, coarse to fine, got {net.sketch}.")

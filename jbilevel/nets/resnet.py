@@ -13,7 +13,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard d
 
 
 class ResNet(nnx.Module):
-    """(H, W, inputs), or (H, W) for one input channel, -> (classes,): residual networks of 18 to 101 layers.
+    """(C, H, W), or (H, W) for one channel, -> (classes,): residual networks of 18 to 101 layers.
 
     Version 1.5: a bottleneck shrinks in its 3 x 3 convolution. Padding is torchvision's, (k - 1)/2 on every side also
     where the stride is 2, so that its weights fit (`nets.load_torch`); parameters have its names. Batch normalisation
@@ -21,7 +21,7 @@ class ResNet(nnx.Module):
 
     Args:
       depth: 18 or 34 (basic blocks), 50 or 101 (bottlenecks).
-      classes: outputs. inputs: channels.
+      classes: outputs. channels: C, of the image.
       width: channels after the stem, 64 in the paper.
       stem: "imagenet" (7 x 7 with stride 2, then 3 x 3 maxima with stride 2), or "small" for images of few pixels
         (3 x 3, no stride).
@@ -36,7 +36,7 @@ class ResNet(nnx.Module):
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> from flax import nnx
-    >>> net = ResNet(18, 3, width=4, inputs=1, rngs=nnx.Rngs(0))
+    >>> net = ResNet(18, 3, width=4, channels=1, rngs=nnx.Rngs(0))
     >>> f, params = jb.nets.from_flax(net)
     >>> f(params, jnp.ones((32, 32))).shape
     (3,)
@@ -49,7 +49,7 @@ class ResNet(nnx.Module):
         classes: int,
         *,
         rngs: nnx.Rngs,
-        inputs: int = 3,
+        channels: int = 3,
         width: int = 64,
         stem: str = "imagenet",
         normalise: tuple | None = None,
@@ -60,47 +60,47 @@ class ResNet(nnx.Module):
             raise ValueError(f"`depth` must be one of {sorted(BLOCKS)}, got {depth}.")
         if stem not in STEMS:
             raise ValueError(f"`stem` must be one of {STEMS}, got {stem!r}.")
-        if normalise is not None and [len(part) for part in normalise] != [inputs, inputs]:
-            raise ValueError(f"`normalise` must hold {inputs} means and {inputs} deviations, got {normalise}.")
-        self.inputs, self.stem, self.normalise = inputs, stem, normalise
+        if normalise is not None and [len(part) for part in normalise] != [channels, channels]:
+            raise ValueError(f"`normalise` must hold {channels} means and {channels} deviations, got {normalise}.")
+        self.channels, self.stem, self.normalise = channels, stem, normalise
         settings = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         side, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1, self.bn1 = _convolution(inputs, width, side, stride, **settings), _norm(width, **settings)
+        self.conv1, self.bn1 = _convolution(channels, width, side, stride, **settings), _norm(width, **settings)
         block = Basic if depth < 50 else Bottleneck
-        channels = width
+        features = width
         for n, count in enumerate(BLOCKS[depth]):
             stage = []
             for k in range(count):
-                stage.append(block(channels, width * 2**n, 2 if n and k == 0 else 1, **settings))
-                channels = width * 2**n * block.expansion
+                stage.append(block(features, width * 2**n, 2 if n and k == 0 else 1, **settings))
+                features = width * 2**n * block.expansion
             setattr(self, f"layer{n + 1}", nnx.List(stage))
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.fc = nnx.Linear(channels, classes, kernel_init=uniform, **settings)
+        self.fc = nnx.Linear(features, classes, kernel_init=uniform, **settings)
         self.eval()
 
     def __call__(self, x):
         x = jnp.asarray(x)
-        v = x[..., None] if x.ndim == 2 and self.inputs == 1 else x
-        if v.ndim != 3 or v.shape[-1] != self.inputs:
-            wanted = "(H, W)" if self.inputs == 1 else f"(H, W, {self.inputs})"
+        if x.ndim != 2 + (self.channels > 1) or (self.channels > 1 and x.shape[0] != self.channels):
+            wanted = "(H, W)" if self.channels == 1 else f"({self.channels}, H, W)"
             raise ValueError(f"`x` must be {wanted}, got {x.shape}; use jax.vmap for a batch.")
-        return self._logits(v[None])[0]
+        return self._logits(x[None])[0]
 
-    def _logits(self, v):
-        """Of a batch (n, H, W, inputs)."""
+    def _logits(self, images):
+        """Of a batch (n, H, W), or (n, C, H, W) for several channels."""
+        v = images[..., None] if self.channels == 1 else jnp.moveaxis(images, 1, -1)  # Flax's layout, inside
         if self.normalise is not None:
             mean, deviation = (jnp.asarray(part, v.dtype).reshape(1, 1, 1, -1) for part in self.normalise)
             v = (v - mean) / deviation
         v = jax.nn.relu(self.bn1(self.conv1(v)))
         if self.stem == "imagenet":
             v = nnx.max_pool(v, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for n in range(1, 5):
-            for block in getattr(self, f"layer{n}"):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
                 v = block(v)
         return self.fc(jnp.mean(v, (1, 2)))
 
     def calibrate(self, images):
-        """Set the running statistics to those of a batch (n, H, W[, inputs]); the module, in evaluation mode.
+        """Set the running statistics to those of a batch (n, H, W), or (n, C, H, W); the module, in evaluation mode.
 
         For training from the start without statistics of batches in the loss: calibrate once, or now and then.
         """
@@ -109,7 +109,7 @@ class ResNet(nnx.Module):
         norms = [module for _, module in nnx.iter_modules(self) if isinstance(module, nnx.BatchNorm)]
         for norm in norms:
             norm.momentum = 0.0
-        self._logits(images[..., None] if images.ndim == 3 and self.inputs == 1 else images)
+        self._logits(images)
         for norm in norms:
             norm.momentum = 0.9
         self.eval()
@@ -157,25 +157,29 @@ class Bottleneck(nnx.Module):
 def _convolution(before: int, after: int, side: int, stride: int, **settings) -> nnx.Conv:
     half = side // 2
     return nnx.Conv(
-        before, after, (side, side), strides=stride, padding=((half, half), (half, half)), use_bias=False,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"), **settings,
-    )  # fmt: skip
+        before,
+        after,
+        (side, side),
+        strides=stride,
+        padding=((half, half), (half, half)),
+        use_bias=False,
+        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        **settings,
+    )
 
 
-def _norm(channels: int, **settings) -> nnx.BatchNorm:
-    norm = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, **settings)
+def _norm(features: int, **settings) -> nnx.BatchNorm:
+    norm = nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, **settings)
     # Flax keeps statistics in float32 whatever the parameters are
-    norm.mean = nnx.BatchStat(jnp.zeros((channels,), settings["param_dtype"]))
-    norm.var = nnx.BatchStat(jnp.ones((channels,), settings["param_dtype"]))
+    norm.mean = nnx.BatchStat(jnp.zeros((features,), settings["param_dtype"]))
+    norm.var = nnx.BatchStat(jnp.ones((features,), settings["param_dtype"]))
     return norm
 
 
 def _shortcut(before: int, after: int, stride: int, **settings) -> nnx.List:
     """The convolution and normalisation beside a block, none where the identity fits."""
     same = before == after and stride == 1
-    return nnx.List(
-        [] if same else [_convolution(before, after, 1, stride, **settings), _norm(after, **settings)]
-    )  # fmt: skip
+    return nnx.List([] if same else [_convolution(before, after, 1, stride, **settings), _norm(after, **settings)])
 
 
 def _through(shortcut: nnx.List, v):

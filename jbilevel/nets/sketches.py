@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 
 import jax
 
@@ -20,7 +20,7 @@ def coarsened(operator, factor: int):
     """
     if factor == 1:
         return operator
-    if not is_dataclass(operator) or not hasattr(operator, "pixel_size"):
+    if not is_dataclass(operator) or "pixel_size" not in [field.name for field in fields(operator)]:
         raise ValueError(f"`sketch` needs an X-ray transform with a `pixel_size`, {type(operator).__name__} has none.")
     if any(side % factor for side in operator.in_shape):
         raise ValueError(

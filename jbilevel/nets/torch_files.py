@@ -37,8 +37,15 @@ ALLOWED = {
     *(("torch", name) for name in STORAGES),
 }
 LITERALS = {
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-}  # fmt: skip
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 # what a file that was cut or forged can raise in the interpreter, besides its own ValueErrors
 DAMAGE = (zipfile.BadZipFile, AttributeError, EOFError, IndexError, KeyError, OverflowError, TypeError, struct.error)

@@ -12,7 +12,7 @@ from jbilevel.nets.sketches import resized
 
 
 class UNet(nnx.Module):
-    """(*shape, inputs) -> (*shape, outputs) in two or three dimensions; without the last axis where it is 1.
+    """(inputs, *shape) -> (outputs, *shape) in two or three dimensions; without the first axis where it is 1.
 
     Level l has ``widths[l]`` channels: two convolutions with ReLU, then the maximum of 2 x 2 pixels leads to the next
     level. On the way back the coarser result is interpolated linearly, put beside the level's own features, and two
@@ -38,7 +38,7 @@ class UNet(nnx.Module):
     >>> net = UNet(1, 4, widths=(16, 32, 64, 64), rngs=nnx.Rngs(0))
     >>> f, params = jb.nets.from_flax(net)
     >>> sum(v.size for v in jax.tree.leaves(params)), f(params, jnp.ones((20, 24))).shape
-    (210356, (20, 24, 4))
+    (210356, (4, 20, 24))
     >>> trained, frozen = jb.partition(params, net.last(2))  # fine-tuning: the rest stays as it is
     >>> sum(v.size for v in jax.tree.leaves(trained))
     18564
@@ -66,9 +66,7 @@ class UNet(nnx.Module):
         settings = {"dims": dims, "weights": weights, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def pair(before, after):
-            return ConvNet(
-                before, after, width=after, depth=2, kernel=kernel, activation=jax.nn.relu, **settings
-            )  # fmt: skip
+            return ConvNet(before, after, width=after, depth=2, kernel=kernel, activation=jax.nn.relu, **settings)
 
         self.downs = nnx.List([pair(a, b) for a, b in zip((inputs, *widths[:-1]), widths, strict=True)])
         finer = [widths[0], *widths[:-2]]
@@ -78,12 +76,12 @@ class UNet(nnx.Module):
 
     def __call__(self, x):
         x = jnp.asarray(x)
-        v = x if x.ndim > self.dims else x[..., None]
-        if v.ndim != self.dims + 1 or v.shape[-1] != self.inputs:
+        if x.ndim != self.dims + (self.inputs > 1) or (self.inputs > 1 and x.shape[0] != self.inputs):
             raise ValueError(
-                f"`x` must have {self.dims} axes{'' if self.inputs == 1 else f' and {self.inputs} channels last'}, got "
+                f"`x` must have {self.dims} axes{'' if self.inputs == 1 else f' after {self.inputs} channels'}, got "
                 f"shape {x.shape}; use jax.vmap for a batch."
             )
+        v = x[..., None] if self.inputs == 1 else jnp.moveaxis(x, 0, -1)  # Flax's layout, inside
         shape, step = v.shape[:-1], 2 ** (self.levels - 1)
         start = v
         v = jnp.pad(v, [*((0, -side % step) for side in shape), (0, 0)], mode="edge")
@@ -95,7 +93,7 @@ class UNet(nnx.Module):
             v = jax.nn.relu(up(jnp.concatenate([resized(v, skip.shape[:-1]), skip], axis=-1)))
         v = self.output(v)[tuple(slice(side) for side in shape)].astype(x.dtype)
         v = start + v if self.residual else v
-        return v[..., 0] if v.shape[-1] == 1 else v
+        return v[..., 0] if v.shape[-1] == 1 else jnp.moveaxis(v, -1, 0)
 
     def last(self, ups: int = 2) -> Callable:
         """What `jb.partition` takes to train the finest ``ups`` up-sampling blocks and the output only."""

@@ -22,3 +22,32 @@ from jbilevel.operators.tomosipo import from_tomosipo as from_tomosipo
 from jbilevel.operators.volume import ParallelBeam3D as ParallelBeam3D
 from jbilevel.operators.wavelets import Wavelet as Wavelet
 from jbilevel.operators.xray import ParallelBeam as ParallelBeam
+
+__all__ = [
+    "Astra",
+    "Blur",
+    "ConeBeam",
+    "DotTest",
+    "DownSample",
+    "FanBeam",
+    "Gradient",
+    "LinearOperator",
+    "Mask",
+    "ParallelBeam",
+    "ParallelBeam3D",
+    "UndersampledFourier",
+    "Wavelet",
+    "adjoint_mismatch",
+    "cartesian_mask",
+    "dot_test",
+    "forward_difference",
+    "from_callbacks",
+    "from_functions",
+    "from_tomosipo",
+    "gaussian_blur",
+    "stack",
+]
+
+
+def __dir__():
+    return __all__

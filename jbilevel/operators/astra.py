@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, fields, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, fields, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ KERNELS = ("linear", "line", "strip")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Astra(LinearOperator):
     """The X-ray transform of `ParallelBeam`, same geometry and units, computed by the ASTRA Toolbox in float32.
 
@@ -41,12 +41,16 @@ class Astra(LinearOperator):
       RuntimeError: "cuda" where ASTRA sees no GPU.
       ValueError: unknown kernel or device, ``exact`` with "cuda", or what `ParallelBeam` refuses.
 
-    Reference: W. van Aarle et al., Fast and flexible X-ray tomography using the ASTRA toolbox, Optics Express (2016).
+    Reference: W. van Aarle et al., Fast and flexible X-ray tomography using the ASTRA toolbox, Optics Express (2016),
+    van_aarle_2016.
+
+    >>> A = Astra((64, 64), [0.0, 1.0, 2.0], 92)  # doctest: +SKIP
     """
 
     in_shape: tuple[int, int]
     angles: tuple[float, ...]
     n_detectors: int
+    _: KW_ONLY
     pixel_size: float = 1.0
     detector_size: float = 1.0
     detector_offset: float = 0.0
@@ -56,10 +60,15 @@ class Astra(LinearOperator):
 
     def __post_init__(self, exact):
         same = ParallelBeam(
-            self.in_shape, self.angles, self.n_detectors, self.pixel_size, self.detector_size, self.detector_offset
+            self.in_shape,
+            self.angles,
+            self.n_detectors,
+            pixel_size=self.pixel_size,
+            detector_size=self.detector_size,
+            detector_offset=self.detector_offset,
         )  # refuses what makes no sense
         for field in fields(same):
-            object.__setattr__(self, field.name, getattr(same, field.name))
+            object.__setattr__(self, field.name, vars(same)[field.name])
         if self.kernel not in KERNELS:
             raise ValueError(f"`kernel` must be one of {KERNELS}, got {self.kernel!r}.")
         if self.device not in DEVICES:

@@ -1,28 +1,36 @@
 """The contract of all linear operators: application, transpose, adjoint, shapes, kinds, norm, and how they combine.
 
 A **primitive** operator is a frozen dataclass of numbers and tuples with two methods, ``forward(x)`` and
-``transpose(y)``, that accept any leading batch axes; `LinearOperator` puts them under every JAX transformation.
-Everything else here is made of such operators.
+``transpose(y)``, that accept any leading batch axes; `LinearOperator` puts them under every JAX transformation. A
+`Composite` is made of other operators by its method ``map``.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+import reprlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core.contracts import Contract
 from jbilevel.operators import linear, norms
 
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = 4
 
-class LinearOperator:
+
+class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
     """A linear map A between spaces of real or complex arrays of fixed shapes, with its exact transpose.
 
     ``A(x)`` and ``A.T(y)`` take arrays whose *last* axes are ``in_shape`` or ``out_shape``; axes before those are batch
-    axes. The shapes are tuples of integers, or for `stack` tuples of such tuples.
+    axes. The shapes are tuples of integers, or for `stack` tuples of such tuples. A subclass supplies the shapes and
+    the methods `forward` and `transpose`; one that forgets a method is refused when it is made.
 
     ``A.T`` is the transpose, <A x, y> = <x, A.T y> with the bilinear product sum(u v). ``A.H`` = conj o A.T o conj is
     the adjoint for the inner product sum(u conj(v)). Between real arrays and complex ones, real and imaginary parts
@@ -37,6 +45,20 @@ class LinearOperator:
       exact_adjoint: False where ``A.T`` only approximates the transpose (some external codes); combinations carry it
         on, and nothing is certified through it.
       norm_is_bound: whether `norm` is a proven upper bound instead of an estimate from above.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Flip(jb.operators.LinearOperator):
+    ...     in_shape: tuple[int, ...]
+    ...     out_shape = property(lambda self: self.in_shape)
+    ...     def forward(self, x):
+    ...         return x[..., ::-1]
+    ...     def transpose(self, y):
+    ...         return y[..., ::-1]
+    >>> A = Flip((3,))
+    >>> A(jnp.array([1.0, 2.0, 3.0])).tolist(), A.T == A, round(A.norm(), 2)
+    ([3.0, 2.0, 1.0], False, 1.0)
     """
 
     in_shape: Any
@@ -47,13 +69,21 @@ class LinearOperator:
     norm_is_bound: Any = False
     __array_ufunc__ = None  # numpy scalars leave `scalar * A` to us
 
+    @abstractmethod
     def forward(self, x):
         """A x for an x with any leading axes; without the checks of ``A(x)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transpose(self, y):
         """A^T y for a y with any leading axes; without the checks of ``A.T(y)``."""
-        raise NotImplementedError
+
+    def __repr__(self):
+        """Short whatever the number of angles: operators with long tuples are dataclasses with ``repr=False``."""
+        if not is_dataclass(self):
+            return super().__repr__()
+        values = ((f.name, vars(self)[f.name]) for f in fields(self))
+        parts = [f"{name}={(_SHORT.repr if isinstance(v, tuple) else repr)(v)}" for name, v in values]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def map(self, x, transpose: bool, bind):
         """A x or A^T x, each primitive part through ``bind``: `linear.apply`, or `linear.plain` to look below it."""
@@ -89,6 +119,22 @@ class LinearOperator:
         check_tolerance(tol)
         return norms.lanczos(self, tol)
 
+    def fbp(self, y, filter: str = "ram-lak"):
+        """Filtered backprojection of a measurement, of the operators that have one (X-ray transforms).
+
+        Raises:
+          ValueError: this one has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no filtered backprojection.")
+
+    def subset(self, i, m: int) -> LinearOperator:
+        """The i-th of m interleaved parts of the measurement, of the operators that have parts (X-ray transforms).
+
+        Raises:
+          ValueError: this one has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no subsets.")
+
     def batched(self, n: int) -> LinearOperator:
         """A for each of n items: maps (n, *in_shape) to (n, *out_shape)."""
         return Batched(self, n)
@@ -109,6 +155,20 @@ class LinearOperator:
         return Scaled(self, _factor(factor))
 
     __rmul__ = __mul__
+
+
+class Composite(LinearOperator, abstract="Composite"):
+    """An operator made of others: it supplies `map` in place of `forward` and `transpose`."""
+
+    @abstractmethod
+    def map(self, x, transpose: bool, bind):
+        """A x or A^T x, each primitive part through ``bind``."""
+
+    def forward(self, x):
+        return self.map(x, False, linear.plain)
+
+    def transpose(self, y):
+        return self.map(y, True, linear.plain)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -182,7 +242,7 @@ def _factor(factor):
 
 
 @dataclass(frozen=True)
-class Transpose(LinearOperator):
+class Transpose(Composite):
     """A.T"""
 
     operator: LinearOperator
@@ -202,7 +262,7 @@ class Transpose(LinearOperator):
         return self.operator.norm(tol)
 
 
-class _Like(LinearOperator):
+class _Like(Composite, abstract="_Like"):
     """An operator with the shapes, kinds and exactness of another one."""
 
     operator: LinearOperator
@@ -271,7 +331,7 @@ def _prepend(n, shape):
 
 
 @dataclass(frozen=True)
-class Composition(LinearOperator):
+class Composition(Composite):
     """outer o inner"""
 
     outer: LinearOperator
@@ -298,16 +358,16 @@ class Composition(LinearOperator):
 
 
 @dataclass(frozen=True)
-class Sum(LinearOperator):
+class Sum(Composite):
     """The sum of operators between the same spaces."""
 
     terms: tuple[LinearOperator, ...]
 
     def __post_init__(self):
-        for name in ("in_shape", "out_shape", "in_kind"):
-            found = [getattr(term, name) for term in self.terms]
-            if any(value != found[0] for value in found):
-                raise ValueError(f"the terms of a sum of operators must have the same {name}, got {found}.")
+        who = "the terms of a sum of operators"
+        _require_one(who, "in_shape", [term.in_shape for term in self.terms])
+        _require_one(who, "out_shape", [term.out_shape for term in self.terms])
+        _require_one(who, "in_kind", [term.in_kind for term in self.terms])
 
     in_shape = property(lambda self: self.terms[0].in_shape)
     out_shape = property(lambda self: self.terms[0].out_shape)
@@ -324,7 +384,7 @@ class Sum(LinearOperator):
 
 
 @dataclass(frozen=True)
-class Stack(LinearOperator):
+class Stack(Composite):
     """x -> (A_1 x, ..., A_n x), see `stack`."""
 
     parts: tuple[LinearOperator, ...]
@@ -332,10 +392,8 @@ class Stack(LinearOperator):
     def __post_init__(self):
         if not self.parts:
             raise ValueError("`operators` must not be empty: stack at least one operator.")
-        for name in ("in_shape", "in_kind"):
-            found = [getattr(part, name) for part in self.parts]
-            if any(value != found[0] for value in found):
-                raise ValueError(f"stacked operators must have the same {name}, got {found}.")
+        _require_one("stacked operators", "in_shape", [part.in_shape for part in self.parts])
+        _require_one("stacked operators", "in_kind", [part.in_kind for part in self.parts])
 
     in_shape = property(lambda self: self.parts[0].in_shape)
     out_shape = property(lambda self: tuple(part.out_shape for part in self.parts))
@@ -363,6 +421,11 @@ def stack(operators) -> LinearOperator:
     ([40.0, 40.0, 40.0], ((3,), (3,)))
     """
     return Stack(tuple(operators))
+
+
+def _require_one(who: str, name: str, found: Sequence) -> None:
+    if any(value != found[0] for value in found):
+        raise ValueError(f"{who} must have the same {name}, got {found}.")
 
 
 def _widest(operators) -> str:

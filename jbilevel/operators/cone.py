@@ -14,7 +14,7 @@ Inside, the vertical axis comes last: volumes are (i, j, z), measurements (view,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 
 import jax
@@ -30,7 +30,7 @@ from jbilevel.operators.joseph import Group, centred, hat
 from jbilevel.operators.xray import XRay, check_plane
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConeBeam(XRay):
     """The X-ray transform of a volume for rays from a point source to a flat panel, by Joseph's method.
 
@@ -48,8 +48,8 @@ class ConeBeam(XRay):
     Raises:
       ValueError: as for `FanBeam`.
 
-    Reference: L. A. Feldkamp, L. C. Davis, J. W. Kress, Practical cone-beam algorithm, J. Opt. Soc. Am. A 1 (1984), for
-    the reconstruction.
+    Reference: L. A. Feldkamp, L. C. Davis, J. W. Kress, Practical cone-beam algorithm, J. Opt. Soc. Am. A 1 (1984),
+    feldkamp_1984, for the reconstruction.
 
     >>> import jax.numpy as jnp
     >>> A = ConeBeam((4, 4, 4), [0.0], (3, 3), source_origin=10.0, origin_detector=10.0, detector_size=2.0)
@@ -60,6 +60,7 @@ class ConeBeam(XRay):
     in_shape: tuple[int, int, int]
     angles: tuple[float, ...]
     n_detectors: tuple[int, int]
+    _: KW_ONLY
     source_origin: float
     origin_detector: float = 0.0
     pixel_size: float = 1.0
@@ -73,9 +74,10 @@ class ConeBeam(XRay):
 
     @cached_property
     def _plane(self) -> FanBeam:
-        distances = self.source_origin, self.origin_detector
-        sizes = self.pixel_size, self.detector_size, self.detector_offset
-        return FanBeam(self.in_shape[1:], self.angles, self.n_detectors[1], *distances, *sizes)
+        names = "source_origin", "origin_detector", "pixel_size", "detector_size", "detector_offset"
+        return FanBeam(
+            self.in_shape[1:], self.angles, self.n_detectors[1], **{name: vars(self)[name] for name in names}
+        )
 
     @cached_property
     def _kernel(self) -> ConeJoseph:

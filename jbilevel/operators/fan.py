@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from jbilevel.operators import joseph
 from jbilevel.operators.fbp import Reconstruction, covers, spacings
 from jbilevel.operators.joseph import Joseph
-from jbilevel.operators.xray import XRay, check_plane
+from jbilevel.operators.xray import PlaneXRay, check_plane
 
 
 class _FanView(NamedTuple):
@@ -73,8 +73,8 @@ class FanInterpolation:
         return joseph.hat(ahead) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
 
 
-@dataclass(frozen=True)
-class FanBeam(XRay):
+@dataclass(frozen=True, repr=False)
+class FanBeam(PlaneXRay):
     """The X-ray transform of an image for rays from a point source to a flat detector, by Joseph's method.
 
     Image, units and angles are those of `ParallelBeam`, which this tends to as the source moves away. At angle t the
@@ -101,6 +101,7 @@ class FanBeam(XRay):
     in_shape: tuple[int, int]
     angles: tuple[float, ...]
     n_detectors: int
+    _: KW_ONLY
     source_origin: float
     origin_detector: float = 0.0
     pixel_size: float = 1.0
@@ -156,7 +157,14 @@ class FanBeam(XRay):
         columns = source * sin, -along * sin + offset * cos, step * cos
         if transposed:
             rows, columns = columns, rows
-        view = _FanView(rows[0], columns[0], rows[1], columns[1], rows[2], columns[2])
+        view = _FanView(
+            source_row=rows[0],
+            source_column=columns[0],
+            middle_row=rows[1],
+            middle_column=columns[1],
+            step_row=rows[2],
+            step_column=columns[2],
+        )
         k = np.arange(self.n_detectors) - (self.n_detectors - 1) / 2
         down = view.middle_row[:, None] + k * view.step_row[:, None]
         across = view.middle_column[:, None] + k * view.step_column[:, None]
@@ -173,4 +181,4 @@ class FanBeam(XRay):
         u = k * virtual + self.detector_offset / self.magnification
         cosine = self.source_origin / np.hypot(self.source_origin, u)
         angular = 0.5 * spacings(self.angles, 2 * math.pi)  # every line is measured twice
-        return Reconstruction(FanInterpolation(), view, cosine[None], angular, virtual)
+        return Reconstruction(rays=FanInterpolation(), view=view, before=cosine[None], angular=angular, spacing=virtual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ class UndersampledFourier(LinearOperator):
     Raises:
       ValueError: a mask or coils of another shape, a mask that keeps nothing, coils that are not finite.
 
-    Reference: K. P. Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magnetic Resonance in Medicine (1999).
+    Reference: K. P. Pruessmann et al., SENSE: sensitivity encoding for fast MRI, Magnetic Resonance in Medicine (1999),
+    pruessmann_1999.
 
     >>> import jax.numpy as jnp
     >>> A = UndersampledFourier((4, 4), [[0, 0, 1, 0]] * 4)
@@ -45,6 +46,7 @@ class UndersampledFourier(LinearOperator):
 
     in_shape: tuple[int, int]
     mask: FrozenArray
+    _: KW_ONLY
     coils: FrozenArray | None = None
     in_kind: str = "real"
 

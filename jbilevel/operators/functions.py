@@ -44,7 +44,15 @@ def from_functions(
         _check_callable(transpose, "transpose")
     kinds = _kinds(in_kind, out_kind)
     shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
-    return FromFunctions(forward, transpose, *shapes, *kinds, exact_adjoint)
+    return FromFunctions(
+        function=forward,
+        transposed=transpose,
+        in_shape=shapes[0],
+        out_shape=shapes[1],
+        in_kind=kinds[0],
+        out_kind=kinds[1],
+        exact_adjoint=exact_adjoint,
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,17 @@ def from_callbacks(
         raise ValueError(f"`dtype` must be 'float32' or 'float64', got {dtype!r}.")
     shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
     kinds = _kinds(in_kind, out_kind)
-    return FromCallbacks(forward, transpose, *shapes, np.dtype(dtype).name, bool(batched), *kinds, exact_adjoint)
+    return FromCallbacks(
+        function=forward,
+        transposed=transpose,
+        in_shape=shapes[0],
+        out_shape=shapes[1],
+        dtype=np.dtype(dtype).name,
+        takes_batch=bool(batched),
+        in_kind=kinds[0],
+        out_kind=kinds[1],
+        exact_adjoint=exact_adjoint,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,22 @@ def plain(pair: LinearPair, x, *operands, transpose: bool = False):
 def apply(pair: LinearPair, x, *operands, transpose: bool = False):
     """``pair.forward(x, *operands)`` (or ``pair.transpose``) with the pair itself as derivative and transpose.
 
-    ``operands`` are pytrees of arrays, which may be traced.
+    ``operands`` are pytrees of arrays, which may be traced. The pair is traced again when the program around it is
+    lowered, where `jax.default_matmul_precision` of the call is forgotten: the primitive keeps it.
     """
     leaves, tree = jax.tree.flatten(operands)
     leaves = [jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves]
-    return linear_p.bind(x, *leaves, pair=pair, tree=tree, transpose=transpose)
+    precision = jax.config.jax_default_matmul_precision
+    return linear_p.bind(x, *leaves, pair=pair, tree=tree, transpose=transpose, precision=precision)
 
 
-def _run(x, *leaves, pair, tree, transpose):
-    return plain(pair, x, *jax.tree.unflatten(tree, leaves), transpose=transpose)
+def _run(x, *leaves, pair, tree, transpose, precision):
+    with jax.default_matmul_precision(precision):
+        return plain(pair, x, *jax.tree.unflatten(tree, leaves), transpose=transpose)
 
 
-_jitted = jax.jit(_run, static_argnames=("pair", "tree", "transpose"))  # traced once for shape, lowering and execution
+# traced once for shape, lowering and execution
+_jitted = jax.jit(_run, static_argnames=("pair", "tree", "transpose", "precision"))
 
 
 def _abstract(x, *leaves, **static):
@@ -66,26 +70,26 @@ def _jvp(primals, tangents, **static):
     return out, linear_p.bind(tangent, *leaves, **static)
 
 
-def _transpose(cotangent, _, *leaves, pair, tree, transpose):
-    back = linear_p.bind(cotangent, *leaves, pair=pair, tree=tree, transpose=not transpose)
+def _transpose(cotangent, _, *leaves, transpose, **static):
+    back = linear_p.bind(cotangent, *leaves, transpose=not transpose, **static)
     return [back, *[None] * len(leaves)]
 
 
-def _batch(arguments, axes, *, pair, tree, transpose):
+def _batch(arguments, axes, *, pair, transpose, **static):
     (x, *leaves), (axis, *leaf_axes) = arguments, axes
     if all(a is None for a in leaf_axes):
         # leading axes are batch axes for a pair, so batching is moving the new axis to the front
         x = jnp.moveaxis(x, axis, 0)
-        return linear_p.bind(x, *leaves, pair=pair, tree=tree, transpose=transpose), 0
+        return linear_p.bind(x, *leaves, pair=pair, transpose=transpose, **static), 0
     size = next(v.shape[a] for v, a in zip(arguments, axes, strict=True) if a is not None)
     x, *leaves = (
         jnp.broadcast_to(v[None], (size, *v.shape)) if a is None else jnp.moveaxis(v, a, 0)
         for v, a in zip(arguments, axes, strict=True)
     )
     one = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in (x, *leaves)]
-    out = _jitted.eval_shape(*one, pair=pair, tree=tree, transpose=transpose)
+    out = _jitted.eval_shape(*one, pair=pair, transpose=transpose, **static)
     ranks = (len(out.shape), x.ndim - 1) if transpose else (x.ndim - 1, len(out.shape))
-    return linear_p.bind(x, *leaves, pair=_Mapped(pair, *ranks), tree=tree, transpose=transpose), 0
+    return linear_p.bind(x, *leaves, pair=_Mapped(pair, *ranks), transpose=transpose, **static), 0
 
 
 @dataclass(frozen=True)

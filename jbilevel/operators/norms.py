@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel import trees
+from jbilevel._core import trees
 from jbilevel.operators import linear
 
 

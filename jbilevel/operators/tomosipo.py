@@ -32,6 +32,15 @@ def from_tomosipo(op, *, exact_adjoint: bool = False) -> LinearOperator:
     Raises:
       TypeError: ``op`` lacks one of the four.
       RuntimeError: a real tomosipo operator on a machine without a GPU, where calling it would end the process.
+
+    >>> import numpy as np
+    >>> class Double:  # what looks like one
+    ...     domain_shape = range_shape = (1, 2, 2)
+    ...     T = staticmethod(lambda y: 2 * y)
+    ...     def __call__(self, x):
+    ...         return 2 * x
+    >>> from_tomosipo(Double(), exact_adjoint=True)(np.ones((1, 2, 2), np.float32)).tolist()
+    [[[2.0, 2.0], [2.0, 2.0]]]
     """
     missing = [name for name in ("__call__", "T", "domain_shape", "range_shape") if not hasattr(op, name)]
     if missing:

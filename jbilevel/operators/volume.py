@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import jax
@@ -15,7 +15,7 @@ from jbilevel.operators.fbp import FBP
 from jbilevel.operators.xray import ParallelBeam, XRay, check_plane
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParallelBeam3D(XRay):
     """The X-ray transform of a volume for parallel rays perpendicular to its axis of rotation, by Joseph's method.
 
@@ -41,6 +41,7 @@ class ParallelBeam3D(XRay):
     in_shape: tuple[int, int, int]
     angles: tuple[float, ...]
     n_detectors: tuple[int, int]
+    _: KW_ONLY
     pixel_size: float = 1.0
     detector_size: float = 1.0
     detector_offset: float = 0.0
@@ -51,8 +52,8 @@ class ParallelBeam3D(XRay):
 
     @cached_property
     def _slice(self) -> ParallelBeam:
-        sizes = self.pixel_size, self.detector_size, self.detector_offset
-        return ParallelBeam(self.in_shape[1:], self.angles, self.n_detectors[1], *sizes)
+        sizes = {name: vars(self)[name] for name in ("pixel_size", "detector_size", "detector_offset")}
+        return ParallelBeam(self.in_shape[1:], self.angles, self.n_detectors[1], **sizes)
 
     def _measured(self, views):
         return self.n_detectors[0], views, self.n_detectors[1]

@@ -35,8 +35,8 @@ class Wavelet(LinearOperator):
     Raises:
       ValueError: unknown name, or a size that cannot be halved that often.
 
-    References: I. Daubechies, Ten Lectures on Wavelets, SIAM (1992), section 6.4; S. Mallat, A theory for
-    multiresolution signal decomposition, IEEE Trans. Pattern Anal. Mach. Intell. 11 (1989).
+    References: I. Daubechies, Ten Lectures on Wavelets, SIAM (1992), section 6.4, daubechies_1992; S. Mallat, A
+    theory for multiresolution signal decomposition, IEEE Trans. Pattern Anal. Mach. Intell. 11 (1989), mallat_1989.
 
     >>> import jax.numpy as jnp
     >>> W = Wavelet((4,), "haar", levels=2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,22 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel.operators import norms
-from jbilevel.operators.base import LinearOperator, check_tolerance, shape_of
+from jbilevel.operators.base import Composite, check_tolerance, shape_of
 from jbilevel.operators.fbp import FBP, Interpolation, Reconstruction, spacings
 from jbilevel.operators.joseph import Group, Joseph, hat
 
 
-class XRay(LinearOperator):
-    """What the X-ray transforms in the plane have in common; a subclass says where its rays run.
+class XRay(Composite, abstract="XRay"):
+    """What the X-ray transforms have in common; a subclass says where its rays run.
 
-    It has the fields ``in_shape``, ``angles``, ``n_detectors``, and ``_views(transposed)``, which for all angles gives
-    the view constants and the weights of the rays that cross the rows of the (transposed) image.
+    It has the fields ``in_shape``, ``angles``, ``n_detectors``, and the pair of maps ``_kernel`` of the views that
+    `_subsets` lists.
     """
 
     in_shape: tuple[int, int]
     angles: tuple[float, ...]
     n_detectors: int
     norm_is_bound = True
+    _kernel: Any
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -77,22 +79,27 @@ class XRay(LinearOperator):
             known[tol] = norms.nonnegative(self, tol)
         return known[tol]
 
+    @abstractmethod
+    def _subsets(self, m: int) -> tuple[Group, Group]:
+        """The two groups of all m subsets: the leading axis counts the subsets."""
+
+
+class PlaneXRay(XRay, abstract="PlaneXRay"):
+    """An X-ray transform of an image, as a function of its rays."""
+
+    @abstractmethod
+    def _views(self, transposed: bool) -> tuple[Any, np.ndarray]:
+        """View constants of all angles, and the weights of the rays that cross the rows of the (transposed) image."""
+
+    @abstractmethod
+    def _reconstruction(self) -> Reconstruction:
+        """What `FBP` needs to know; raises where there is no filtered backprojection."""
+
     def fbp(self, y, filter: str = "ram-lak"):
         """Filtered backprojection of a sinogram, see `FBP`: the image whose line integrals y are, up to resolution."""
         return FBP(self, filter)(y)
 
-    def _views(self, transposed: bool) -> tuple[Any, np.ndarray]:
-        raise NotImplementedError
-
-    def _reconstruction(self) -> Reconstruction:
-        raise NotImplementedError
-
-    @cached_property
-    def _kernel(self) -> Joseph:
-        raise NotImplementedError
-
     def _subsets(self, m: int) -> tuple[Group, Group]:
-        """The two groups of all m subsets: the leading axis counts the subsets."""
         return _subset_tables(*self._views(False), m), _subset_tables(*self._views(True), m)
 
 
@@ -121,7 +128,7 @@ def _subset_tables(view, weight, m: int) -> Group:
 
 
 @dataclass(frozen=True)
-class Subset(LinearOperator):
+class Subset(Composite):
     """The angles i, i + m, ... of an X-ray transform, see `XRay.subset`; hashable where i is a number."""
 
     operator: Any
@@ -180,8 +187,8 @@ class _ParallelRays:
         return hat(view.spacing * ahead)
 
 
-@dataclass(frozen=True)
-class ParallelBeam(XRay):
+@dataclass(frozen=True, repr=False)
+class ParallelBeam(PlaneXRay):
     """The X-ray transform of an image for parallel rays, by Joseph's method.
 
     Pixel (i, j) of an (H, W) image has its centre at (j - (W - 1)/2, (H - 1)/2 - i) times ``pixel_size``: x to the
@@ -201,7 +208,7 @@ class ParallelBeam(XRay):
         the image meets.
 
     Reference: P. M. Joseph, An improved algorithm for reprojecting rays through pixel images, IEEE Trans. Med. Imaging
-    1 (1982).
+    1 (1982), joseph_1982.
 
     >>> import jax.numpy as jnp
     >>> A = ParallelBeam((4, 4), angles=[0.0, 1.5707963], n_detectors=4, pixel_size=0.5)
@@ -212,6 +219,7 @@ class ParallelBeam(XRay):
     in_shape: tuple[int, int]
     angles: tuple[float, ...]
     n_detectors: int
+    _: KW_ONLY
     pixel_size: float = 1.0
     detector_size: float = 1.0
     detector_offset: float = 0.0
@@ -241,13 +249,21 @@ class ParallelBeam(XRay):
             down, across, own = across, down, ~own
         safe = np.where(own, across, 1.0)
         origin = np.full_like(cos, -self.detector_offset / self.detector_size)
-        view = _ParallelView(-origin / safe, -down / safe, 1 / safe, origin, down, across)
+        view = _ParallelView(
+            offset=-origin / safe, slope=-down / safe, spacing=1 / safe, origin=origin, down=down, across=across
+        )
         length = self.pixel_size * per_pixel / np.abs(safe)
         return view, np.where(own, length, 0.0)[:, None]
 
     def _reconstruction(self):
         rays, (view, _) = Interpolation(_ParallelRays()), self._views(False)
-        return Reconstruction(rays, view, np.ones((1, 1)), spacings(self.angles, math.pi), self.detector_size)
+        return Reconstruction(
+            rays=rays,
+            view=view,
+            before=np.ones((1, 1)),
+            angular=spacings(self.angles, math.pi),
+            spacing=self.detector_size,
+        )
 
 
 def check_plane(A, positive, finite, axes: str = "(H, W)", panel: int = 1) -> None:
@@ -264,7 +280,7 @@ def check_plane(A, positive, finite, axes: str = "(H, W)", panel: int = 1) -> No
         raise ValueError(f"`n_detectors` must be {'(rows, columns)' if panel == 2 else 'one integer'}, got {bins}.")
     put("n_detectors", bins if panel == 2 else bins[0])
     for name in (*positive, *finite):
-        value = float(getattr(A, name))
+        value = float(vars(A)[name])
         if not math.isfinite(value) or (name in positive and value <= 0):
             raise ValueError(f"`{name}` must be {'positive' if name in positive else 'finite'}, got {value}.")
         put(name, value)

@@ -1,4 +1,4 @@
-"""Regularisers R: ``init(key)``, ``R(params, x)``, ``bounds(params)``, ``saddle(params)`` where they exist."""
+"""Regularisers R: ``init(key)``, ``R(params, x)``, ``bounds(params, shape)``, ``saddle(params)`` where they exist."""
 
 from jbilevel.regularizers.foe import FoE as FoE
 from jbilevel.regularizers.icnn import ICNN as ICNN
@@ -10,3 +10,9 @@ from jbilevel.regularizers.tgv import TGV as TGV
 from jbilevel.regularizers.tv import TV as TV
 from jbilevel.regularizers.tv import SmoothedTV as SmoothedTV
 from jbilevel.regularizers.weighted_tv import WeightedTV as WeightedTV
+
+__all__ = ["CRR", "FoE", "ICNN", "LearnedTV", "SaddleBlocks", "SmoothedTV", "TGV", "TV", "WCRR", "WeightedTV"]
+
+
+def __dir__():
+    return __all__

@@ -156,13 +156,6 @@ def require_params(name: str, params, shapes: dict) -> None:
             raise ValueError(f"params[{key!r}] of {name} must have shape {shape}, got {found}; see its init.")
 
 
-def require_image(name: str, x, least: int) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"{name} takes one (H, W) image, got shape {x.shape}; batch with vmap.")
-    if min(x.shape) < least:
-        raise ValueError(f"{name} needs images of at least {least} x {least} pixels for its filters, got {x.shape}.")
-
-
 def require_filters(name: str, key: str, filters) -> None:
     """Some entry of ``filters`` must differ from 0, where they are known (not under a trace)."""
     if not isinstance(filters, jax.core.Tracer) and not np.any(np.asarray(filters)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer, given_key
+from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import potential_named
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
@@ -22,16 +24,17 @@ _CONJUGATES = {
 
 
 @dataclass(frozen=True)
-class FoE:
+class FoE(Regularizer):
     """R(theta, x) = e^{theta_0} sum_i e^{w_i} sum_pixels nu_i h((c_i * x)/nu_i), with nu_i = e^{s_i}.
 
-    Fields of Experts (Roth & Black 2005) as in paper 2 (Salehi et al. 2024): with the "root" potential the inner term
-    is sqrt((c_i * x)^2 + nu_i^2), a smoothed 1-norm. Convex in x. "psi" gives psi_nu of paper 3, equations (31), (34).
+    Fields of Experts (Roth & Black 2005, roth_black_2005) as in Salehi et al. 2024 (salehi_maid_2024): with the "root"
+    potential the inner term is sqrt((c_i * x)^2 + nu_i^2), a smoothed 1-norm. Convex in x. "psi" gives psi_nu of
+    Bogensperger et al. 2024 (bogensperger_piggyback_maid_2024), equations (31), (34).
 
     params is a dict: ``log_weight`` theta_0 (), ``log_weights`` w (count,), ``log_smoothing`` s (count,), ``filters`` c
     (count, size, size). 48 filters of 7 x 7 make 1 + 48 + 48 + 2352 = 2449 parameters, the layout of the authors' code
-    in this order (which has a factor 1/2 in front); the slides' 2448 are those with ``overall_weight=False``, which
-    leaves out ``log_weight`` (the weights w can replace it).
+    in this order (which has a factor 1/2 in front); the 2448 of Ehrhardt's slides (ehrhardt_slides_2025) are those with
+    ``overall_weight=False``, which leaves out ``log_weight`` (the weights w can replace it).
 
     Args:
       count, size: number of filters and their side length.
@@ -58,6 +61,7 @@ class FoE:
 
     count: int = 48
     size: int = 7
+    _: KW_ONLY
     potential: str = "root"
     boundary: str = "symmetric"
     overall_weight: bool = True
@@ -70,10 +74,13 @@ class FoE:
         if not self.smoothing_min > 0:
             raise ValueError(f"`smoothing_min` must be positive, got {self.smoothing_min}.")
 
-    def init(self, key, *, weight: float = 0.1, smoothing: float = 0.01, dtype=None):
-        """Random filters of mean 0 and norm 1, with weight/count each, for images in [0, 1] with noise of about 0.1."""
+    def init(self, key=None, *, weight: float = 0.1, smoothing: float = 0.01, dtype=None):
+        """Random filters of mean 0 and norm 1, with weight/count each, for images in [0, 1] with noise of about 0.1.
+
+        ``key=None`` stands for `jax.random.key(0)`.
+        """
         dtype = dtype or jnp.result_type(float)
-        filters = banks.zero_mean(jax.random.normal(key, (self.count, self.size, self.size), dtype))
+        filters = banks.zero_mean(jax.random.normal(given_key(key), (self.count, self.size, self.size), dtype))
         params = {
             "log_weights": jnp.full((self.count,), np.log((1 if self.overall_weight else weight) / self.count), dtype),
             "log_smoothing": jnp.full((self.count,), np.log(smoothing), dtype),
@@ -94,14 +101,14 @@ class FoE:
 
     def __call__(self, params, x):
         self.check(params)
-        banks.require_image("FoE", x, self.size)
+        require_image("FoE", x.shape, least=self.size)
         weights, smoothing = self.weights(params)
         kernels = params["filters"] / smoothing[:, None, None]
         responses = banks.correlate(kernels[:, None], banks.extend(x[None], self.size, self.boundary))
         experts = jnp.sum(potential_named(self.potential).value(responses), axis=(1, 2))
         return jnp.sum(weights * smoothing * experts)
 
-    def bounds(self, params, shape=None) -> Constants:
+    def bounds(self, params, shape) -> Constants:
         """0 <= Hessian <= c sup_w sum_i (e^{theta_0 + w_i}/nu_i) |c_i^(w)|^2, and the Hessian's Lipschitz constant.
 
         With h'' <= c and |h'''| <= T: sum_pixels |c_i * v|^3 <= ||c_i||_2 ||v|| sum_pixels |c_i * v|^2, so the second
@@ -110,6 +117,7 @@ class FoE:
         constants are None.
         """
         self.check(params)
+        require_image("FoE", shape, least=self.size)
         weights, smoothing = self.weights(params)
         filters, potential, grown = params["filters"], potential_named(self.potential), banks.copies(self.boundary)
 
@@ -121,13 +129,16 @@ class FoE:
         if potential.third is not None:
             sizes = jnp.linalg.norm(filters, axis=(1, 2))
             hessian_lipschitz = potential.third * grown**1.5 * bound(weights * sizes / smoothing**2)
-        return Constants(jnp.zeros_like(smoothness), smoothness, hessian_lipschitz)
+        return Constants(
+            strong_convexity=jnp.zeros_like(smoothness), smoothness=smoothness, hessian_lipschitz=hessian_lipschitz
+        )
 
     def saddle(self, params) -> SaddleBlocks:
         """One dual field (count, h, w) of responses; the dual is strongly convex with min_i nu_i/weight_i.
 
         The conjugates are nu_i/(2 weight_i) q^2 on [-weight_i, weight_i] for the "huber" potential, on [0, weight_i]
-        for "psi" (paper 3, (35)), and -nu_i sqrt(weight_i^2 - q^2) for "root"; ValueError for the others.
+        for "psi" (Bogensperger et al. 2024, (35)), and -nu_i sqrt(weight_i^2 - q^2) for "root"; ValueError for the
+        others.
         """
         self.check(params)
         if self.potential not in _CONJUGATES:
@@ -138,16 +149,24 @@ class FoE:
         conjugate, kernels = _CONJUGATES[self.potential], params["filters"][:, None]
         weights, widths = (v[:, None, None] for v in self.weights(params))
 
+        bank = banks.Bank(kernels, self.boundary)
+
+        def linear(x, z):
+            require_image("FoE", x.shape, least=self.size)
+            return bank.linear(x[None])
+
         def start(x):
-            shape = jax.eval_shape(lambda x: bank.linear(x[None]), x).shape
+            shape = jax.eval_shape(linear, x, ()).shape
             return (), jnp.zeros(shape, x.dtype)
 
-        bank = banks.Bank(kernels, self.boundary)
         return SaddleBlocks(
-            lambda x, z: bank.linear(x[None]), lambda q: (bank.transpose(q)[0], ()), lambda v, step: v,
-            lambda v, step: conjugate(v, step, weights, widths), start, lambda: ((1.0, ()), 1 / bank.norm_squared()),
-            0.0, jnp.min(widths / weights),
-        )  # fmt: skip
+            linear=linear,
+            transpose=lambda q: (bank.transpose(q)[0], ()),
+            prox_dual=lambda v, step: conjugate(v, step, weights, widths),
+            start=start,
+            scaling=lambda: ((1.0, ()), 1 / bank.norm_squared()),
+            mu_dual=jnp.min(widths / weights),
+        )
 
     def project(self, params):
         """Nearest params with nu_i >= smoothing_min and, with ``zero_mean``, filters of mean 0."""

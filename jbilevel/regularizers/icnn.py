@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer, given_key
+from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import potential_named
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 
 @dataclass(frozen=True)
-class ICNN:
+class ICNN(Regularizer):
     """R(theta, x) = e^g sum psi_w(W z + b_2), z = psi_w(V x + b_1), with W >= 0: convex in x.
 
-    Sums are over pixels and channels, psi_w(t) = 0 for t <= 0, t^2/(2w) for 0 < t < w, t - w/2 beyond (paper 3,
-    Bogensperger et al. 2024, equation (31) and section 4.2; Amos, Xu & Kolter 2017). psi_w is convex and nondecreasing,
-    so W >= 0 makes the composition convex whatever V and the biases.
+    Sums are over pixels and filters, psi_w(t) = 0 for t <= 0, t^2/(2w) for 0 < t < w, t - w/2 beyond (Amos, Xu & Kolter
+    2017, amos_icnn_2017; Bogensperger et al. 2024, bogensperger_piggyback_maid_2024, equation (31) and section 4.2).
+    psi_w is convex and nondecreasing, so W >= 0 makes the composition convex whatever V and the biases.
 
     params is a dict: ``log_weight`` g (), ``first`` V (hidden, size, size), ``second`` W (outputs, hidden, size, size),
-    and with ``bias`` ``first_bias`` (hidden,), ``second_bias`` (outputs,). The defaults are paper 3's 400 + 1600
-    weights and its gamma = e^g, 2001 parameters.
+    and with ``bias`` ``first_bias`` (hidden,), ``second_bias`` (outputs,). The defaults are the 400 + 1600
+    weights and the gamma = e^g of Bogensperger et al., 2001 parameters.
 
     Args:
       hidden, outputs, size: filters of the first and the second layer, and their side length.
@@ -34,7 +36,7 @@ class ICNN:
       potential: "psi", or "smoothstep", which is psi_w with a continuous second derivative.
       boundary: "symmetric" and "zero" extend the input of both layers; "valid" takes responses where a filter lies
         inside the image, so that pixels near the border are smoothed too little.
-      bias: whether the layers have biases (paper 3 has none).
+      bias: whether the layers have biases (those of Bogensperger et al. have none).
       zero_mean: whether `project` removes the mean of each first filter, so that the energy does not see brightness:
         without it steps of any optimiser that treats entries alike, such as Adam, soon penalise bright images.
 
@@ -54,6 +56,7 @@ class ICNN:
 
     hidden: int = 16
     outputs: int = 4
+    _: KW_ONLY
     size: int = 5
     width: float = 0.01
     potential: str = "psi"
@@ -77,14 +80,15 @@ class ICNN:
         }
         return shapes | ({"first_bias": (self.hidden,), "second_bias": (self.outputs,)} if self.bias else {})
 
-    def init(self, key, *, weight: float = 0.1, dtype=None):
+    def init(self, key=None, *, weight: float = 0.1, dtype=None):
         """Pairs of opposite filters of mean 0 and norm 1, W close to reading each feature at its own pixel.
 
         psi_w(t) + psi_w(-t) is about |t|, so learning starts near an l1 norm of filter responses; a W that averages
         over pixels and features would start near a constant. For images in [0, 1] with noise of about 0.1.
+        ``key=None`` stands for `jax.random.key(0)`.
         """
         dtype = dtype or jnp.result_type(float)
-        key_first, key_second = jax.random.split(key)
+        key_first, key_second = jax.random.split(given_key(key))
         half = jax.random.normal(key_first, (-(-self.hidden // 2), self.size, self.size), dtype)
         half = banks.zero_mean(half)
         half = half / jnp.linalg.norm(half, axis=(1, 2), keepdims=True)
@@ -112,9 +116,12 @@ class ICNN:
 
     def __call__(self, params, x):
         self.check(params)
-        banks.require_image("ICNN", x, 2 * self.size - 1 if self.boundary == "valid" else self.size)
+        self._require(x.shape)
         z = self._layer(params["first"][:, None], params.get("first_bias"), x[None])
         return jnp.exp(params["log_weight"]) * jnp.sum(self._layer(params["second"], params.get("second_bias"), z))
+
+    def _require(self, shape) -> None:
+        require_image("ICNN", shape, least=2 * self.size - 1 if self.boundary == "valid" else self.size)
 
     def _layer(self, kernels, bias, z):
         responses = banks.correlate(kernels, banks.extend(z, self.size, self.boundary))
@@ -122,7 +129,7 @@ class ICNN:
             responses = responses + bias[:, None, None]
         return self.width * potential_named(self.potential).value(responses / self.width)
 
-    def bounds(self, params, shape=None) -> Constants:
+    def bounds(self, params, shape) -> Constants:
         """0 <= Hessian <= (c/w) e^g (||W||^2 ||V||^2 + sup_w sum_c m_c |V_c^(w)|^2), m_c = sum_{o, j} W[o, c, j].
 
         The Hessian is J' W' D_2 W J + V' D_1 V with J = psi_w'(.) V, 0 <= psi_w' <= 1, 0 <= D_2 <= c/w, and D_1 the
@@ -133,6 +140,7 @@ class ICNN:
         third derivatives and of the mixed one: None.
         """
         banks.require_params("ICNN", params, self._shapes)
+        self._require(shape)
         first, second = params["first"], params["second"]
         scale = potential_named(self.potential).curvature / self.width * jnp.exp(params["log_weight"])
         scale = scale * banks.copies(self.boundary) ** 2
@@ -143,14 +151,14 @@ class ICNN:
             return banks.spectral_bound(first * jnp.sqrt(weights)[:, None, None])
 
         composed = jnp.linalg.norm(matrix, 2) ** 2 * banks.spectral_bound(first)
-        return Constants(-scale * bound(loss), scale * (composed + bound(gain)))
+        return Constants(strong_convexity=-scale * bound(loss), smoothness=scale * (composed + bound(gain)))
 
     def saddle(self, params) -> SaddleBlocks:
         """z with psi_w(V x + b_1) <= z, hence equal to it where W matters; q = ((q_1, q_2), q_3) for (V x, z) and W z.
 
-        The conjugate of the epigraph's indicator, and that of e^g psi_w (paper 3, (32)-(33), whose printed signs of the
-        data term are corrected in `variational`; Wong, Ehrhardt & Mukherjee 2024). Nothing is strongly convex in z.
-        ValueError for "smoothstep", whose proxes have no closed form.
+        The conjugate of the epigraph's indicator, and that of e^g psi_w (Bogensperger et al. 2024, (32)-(33), whose
+        printed signs of the data term are corrected in `variational`; Wong, Ehrhardt & Mukherjee 2024). Nothing is
+        strongly convex in z. ValueError for "smoothstep", whose proxes have no closed form.
         """
         self.check(params)
         if self.potential != "psi":
@@ -160,6 +168,7 @@ class ICNN:
         weight = jnp.exp(params["log_weight"])
 
         def linear(x, z):
+            self._require(x.shape)
             return (first.linear(x[None]), z), second.linear(z)
 
         def transpose(q):
@@ -174,6 +183,7 @@ class ICNN:
             return (v_1 - s * (p - biases[0]), v_2 - s * q), q_3
 
         def start(x):
+            self._require(x.shape)
             z = self._layer(params["first"][:, None], params.get("first_bias"), x[None])
             q = jax.eval_shape(linear, x, z)
             return z, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), q)
@@ -183,7 +193,7 @@ class ICNN:
             s_1, s_3 = (1 / bank.norm_squared() for bank in (first, second))
             return (1.0, 1 / (s_1 + 1)), ((s_1, s_1), s_3)
 
-        return SaddleBlocks(linear, transpose, lambda v, step: v, prox_dual, start, scaling, 0.0, 0.0)
+        return SaddleBlocks(linear=linear, transpose=transpose, prox_dual=prox_dual, start=start, scaling=scaling)
 
     def project(self, params):
         """Nearest params with W >= 0 and, with ``zero_mean``, first filters of mean 0."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 from jbilevel import prox
 from jbilevel.operators.differences import Gradient
 from jbilevel.regularizers import filters as banks
+from jbilevel.regularizers.base import Regularizer, given_key
+from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 # |K|^2 by the largest of so many samples of the spectra per axis, and what their maximum may miss
@@ -19,13 +22,14 @@ _GRID = 32
 
 
 @dataclass(frozen=True)
-class LearnedTV:
+class LearnedTV(Regularizer):
     """R(theta, x) = max_y <D x, y> with lambda-bounded interpolations of y: |(K y)_j(p)|_2 <= lambda at all p, j.
 
     (K y)_j = (k_1j * y_1, k_2j * y_2) interpolates both components of the dual field y to position j of each pixel p,
-    by learned filters and with zeros outside the image; lambda = e^{log_weight} (paper 3, equations (27)-(30);
-    Chambolle & Pock 2021). With q the multipliers, R = min_q lambda sum |q_j(p)|_2 subject to D x = K' q. One filter
-    per component that is 1 at its centre makes `TV`, three of Condat (2017) his discretisation, see `init`.
+    by learned filters and with zeros outside the image; lambda = e^{log_weight} (Chambolle & Pock 2021,
+    chambolle_pock_2021; Bogensperger et al. 2024, bogensperger_piggyback_maid_2024, equations (27)-(30)). With q the
+    multipliers, R = min_q lambda sum |q_j(p)|_2 subject to D x = K' q. One filter per component that is 1 at its centre
+    makes `TV`, three of Condat (2017) his discretisation, see `init`.
 
     params is a dict: ``filters`` k (2, count, size, size) and ``log_weight`` (). (k, lambda) and (c k, c lambda) are
     the same, so one of them is to be fixed: ``sums="equal"`` lets `project` set all sums of filters to 1, which is also
@@ -51,12 +55,13 @@ class LearnedTV:
 
     count: int = 8
     size: int = 5
+    _: KW_ONLY
     sums: str = "equal"
     dual_curvature: float = 0.0
     auxiliary_curvature: float = 0.0
     width: float = 0.0
 
-    form = "saddle"
+    form: ClassVar[str] = "saddle"
 
     def __post_init__(self):
         banks.require_bank("LearnedTV", "zero", count=self.count, size=self.size)
@@ -65,19 +70,22 @@ class LearnedTV:
         if self.sums not in ("equal", "free"):
             raise ValueError(f"`sums` of LearnedTV must be 'equal' or 'free', got {self.sums!r}.")
         for name in ("dual_curvature", "auxiliary_curvature", "width"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` of LearnedTV must be nonnegative, got {getattr(self, name)}.")
+            if not vars(self)[name] >= 0:
+                raise ValueError(f"`{name}` of LearnedTV must be nonnegative, got {vars(self)[name]}.")
 
     def init(self, key=None, *, weight: float = 0.075, noise: float = 0.02, dtype=None):
         """Condat's filters for the two edges and the centre of a pixel in turn, with noise that tells copies apart.
 
-        ``noise=0`` with ``count=3`` is Condat's total variation; ``key`` is needed for noise only.
+        ``noise=0`` with ``count=3`` is Condat's total variation. ``key`` is for the noise; None: `jax.random.key(0)`.
         """
         filters = jnp.asarray(np.stack([_condat(j % 3, self.size) for j in range(self.count)], 1))
         filters = filters.astype(dtype or jnp.result_type(float))
         if noise:
-            filters = filters + noise * jax.random.normal(key, filters.shape, filters.dtype)
+            filters = filters + noise * jax.random.normal(given_key(key), filters.shape, filters.dtype)
         return self.project({"filters": filters, "log_weight": jnp.asarray(math.log(weight), filters.dtype)})
+
+    def __call__(self, params, x):
+        raise TypeError("LearnedTV is itself a minimum over other unknowns: `variational` solves for them with x.")
 
     def check(self, params) -> None:
         """ValueError where params cannot be those of this regulariser; values are checked where they are concrete."""
@@ -99,6 +107,7 @@ class LearnedTV:
         kernels, weight = params["filters"], jnp.exp(params["log_weight"])
 
         def linear(x, q):
+            require_image("LearnedTV", x.shape)
             return Gradient(x.shape)(x) - correlate_transposed(kernels, q)
 
         def transpose(y):
@@ -121,7 +130,14 @@ class LearnedTV:
             return (0.25, 1.0), 1 / (8 * 0.25 + _norm_squared(kernels))
 
         return SaddleBlocks(
-            linear, transpose, prox_auxiliary, prox_dual, start, scaling, self.auxiliary_curvature, self.dual_curvature
+            linear=linear,
+            transpose=transpose,
+            prox_auxiliary=prox_auxiliary,
+            prox_dual=prox_dual,
+            start=start,
+            scaling=scaling,
+            mu_auxiliary=self.auxiliary_curvature,
+            mu_dual=self.dual_curvature,
         )
 
 

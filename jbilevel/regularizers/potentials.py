@@ -81,7 +81,7 @@ def _spline_value(t):
 
 _spline = _twice_differentiable(_spline_value, _spline_slope, lambda t: 1 - (_both_sides(t, _KNOT) / _KNOT) ** 2)
 
-# 0 for t < 0, t^2/2 for 0 < t < 1, t - 1/2 beyond; w psi(t/w) is psi_w of paper 3, equation (31)
+# 0 for t < 0, t^2/2 for 0 < t < 1, t - 1/2 beyond; w psi(t/w) is psi_w of Bogensperger et al. 2024, equation (31)
 _psi = _twice_differentiable(
     lambda t: _one_side(t) * (t - 0.5 * _one_side(t)),
     _one_side,

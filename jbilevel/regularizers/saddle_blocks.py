@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 
-class SaddleBlocks(NamedTuple):
+def unchanged(v, step):
+    """The prox of 0: of the function a where there is no z, or where it costs nothing."""
+    return v
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaddleBlocks:
     """R(x) = min_z max_q <L(x, z), q> + a(z) - b*(q) at fixed params; z and q are pytrees, z = () where there is none.
 
-    `scaling` gives steps (t_x, t_z) and s with ||s^(1/2) L t^(1/2)||_2 <= 1, balanced for images in [0, 1].
+    Attributes:
+      linear: (x, z) -> L(x, z), of the structure of q.
+      transpose: q -> L' q = (x, z).
+      prox_dual: (v, step) -> the prox of step b*.
+      prox_auxiliary: (v, step) -> the prox of step a.
+      start: x -> (z0, q0), which also fixes their shapes.
+      scaling: () -> ((t_x, t_z), s), steps as pytrees like (x, z) and q of numbers, with
+        ||s^(1/2) L t^(1/2)||_2 <= 1, balanced for images in [0, 1].
+      mu_auxiliary, mu_dual: moduli of strong convexity of a and b*, 0 where there is none.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> blocks = jb.regularizers.TV().saddle(jnp.log(jnp.array([0.5])))
+    >>> image = blocks.linear(jnp.array([[0.0, 1.0]]), ())
+    >>> image.tolist(), blocks.prox_dual(image, 1.0).tolist()  # differences, and their projection onto |q| <= 0.5
+    ([[[0.0, 0.0]], [[1.0, 0.0]]], [[[0.0, 0.0]], [[0.5, 0.0]]])
     """
 
-    linear: Callable  # (x, z) -> L(x, z)
-    transpose: Callable  # q -> L' q = (x, z)
-    prox_auxiliary: Callable  # (v, step) -> prox of step a
-    prox_dual: Callable  # (v, step) -> prox of step b*
-    start: Callable  # x -> (z0, q0)
-    scaling: Callable  # () -> ((t_x, t_z), s), pytrees like (x, z) and q of numbers
-    mu_auxiliary: Any = 0.0  # moduli of strong convexity of a and b*, 0 where there is none
+    linear: Callable[[Any, Any], Any]
+    transpose: Callable[[Any], tuple[Any, Any]]
+    prox_dual: Callable[[Any, Any], Any]
+    start: Callable[[Any], tuple[Any, Any]]
+    scaling: Callable[[], tuple[tuple[Any, Any], Any]]
+    prox_auxiliary: Callable[[Any, Any], Any] = unchanged
+    mu_auxiliary: Any = 0.0
     mu_dual: Any = 0.0

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from jbilevel import prox
 from jbilevel.operators.differences import Gradient, forward_difference
+from jbilevel.regularizers.base import Regularizer, require_theta
+from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 _ROOT = math.sqrt(2.0)
 
 
 @dataclass(frozen=True)
-class TGV:
+class TGV(Regularizer):
     """R(theta, x) = min_w e^{theta_0} sum |D x - w|_2 + e^{theta_1} sum |E w|_F, sums over pixels.
 
-    Second-order total generalised variation (Bredies, Kunisch & Pock 2010): piecewise affine images instead of
-    piecewise constant ones; R = 0 for affine ones. D takes forward differences, so w_1 and w_2 live on the edges
-    between pixels. E w = (D w + (D w)^T)/2 differentiates them once more, the diagonal at pixels and the mixed entry,
-    which |.|_F counts twice, at corners between them; only where all edges exist. Not smooth: `jbilevel.variational`
-    makes a `SaddleProblem` of it.
+    Second-order total generalised variation (Bredies, Kunisch & Pock 2010, bredies_tgv_2010): piecewise affine images
+    instead of piecewise constant ones; R = 0 for affine ones. D takes forward differences, so w_1 and w_2 live on the
+    edges between pixels. E w = (D w + (D w)^T)/2 differentiates them once more, the diagonal at pixels and the mixed
+    entry, which |.|_F counts twice, at corners between them; only where all edges exist. Not smooth:
+    `jbilevel.variational` makes a `SaddleProblem` of it.
 
     theta has shape (2,); x has shape (H, W), any float dtype; ValueError otherwise.
 
@@ -34,15 +37,17 @@ class TGV:
     True
     """
 
-    form = "saddle"
+    form: ClassVar[str] = "saddle"
 
     def init(self, key=None, *, weight: float = 0.075, ratio: float = 2.0, dtype=None):
         """Weights weight and ratio*weight; deterministic (key is ignored)."""
         return jnp.log(jnp.asarray([weight, ratio * weight], dtype or jnp.result_type(float)))
 
+    def __call__(self, params, x):
+        raise TypeError("TGV is itself a minimum over other unknowns: `variational` solves for them with x.")
+
     def check(self, params) -> None:
-        if jnp.shape(params) != (2,):
-            raise ValueError(f"params of TGV must have shape (2,), got {jnp.shape(params)}; see its init.")
+        require_theta("TGV", params, (2,))
 
     def saddle(self, params) -> SaddleBlocks:
         """z = w of shape (2, H, W); q = (p, r), (2, H, W) and (3, H, W), with L(x, w) = (D x - w, E w)."""
@@ -50,6 +55,7 @@ class TGV:
         first, second = jnp.exp(params[0]), jnp.exp(params[1])
 
         def linear(x, w):
+            require_image("TGV", x.shape)
             return Gradient(x.shape)(x) - _edges(x.shape) * w, _symmetrised(w)
 
         def transpose(q):
@@ -64,10 +70,12 @@ class TGV:
             zero = lambda n: jnp.zeros((n, *x.shape), x.dtype)  # noqa: E731
             return zero(2), (zero(2), zero(3))
 
-        # |D|^2, |E|^2 <= 8, and half of the bound for each of p and r, which share w
-        t = 0.1
-        scaling = lambda: ((t, t), (1 / (18 * t), 1 / (16 * t)))  # noqa: E731
-        return SaddleBlocks(linear, transpose, lambda v, step: v, prox_dual, start, scaling)
+        def scaling():
+            """|D|^2, |E|^2 <= 8, and half of the bound for each of p and r, which share w."""
+            t = 0.1
+            return (t, t), (1 / (18 * t), 1 / (16 * t))
+
+        return SaddleBlocks(linear=linear, transpose=transpose, prox_dual=prox_dual, start=start, scaling=scaling)
 
 
 def _edges(shape):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel.constants import Constants
+from jbilevel._core.constants import Constants
 from jbilevel.operators.differences import forward_difference
-from jbilevel.regularizers.tv import _THIRD_DERIVATIVE
+from jbilevel.regularizers.base import Regularizer, require_theta
+from jbilevel.regularizers.images import require_image
+from jbilevel.regularizers.potentials import POTENTIALS
 
 
 @dataclass(frozen=True)
-class WeightedTV:
+class WeightedTV(Regularizer):
     """R(theta, x) = sum_p e^{(U theta)_p} sqrt(|(D x)_p|^2 + eps^2): a map of weights, interpolated from a grid.
 
     `SmoothedTV` (isotropic, forward differences with Neumann boundary) with one weight per pixel p: theta, of shape
@@ -36,6 +38,7 @@ class WeightedTV:
     """
 
     grid: tuple[int, int] = (8, 8)
+    _: KW_ONLY
     eps: float = 0.01
 
     def __post_init__(self):
@@ -48,36 +51,45 @@ class WeightedTV:
         """The same weight everywhere; deterministic (key is ignored)."""
         return jnp.full(self.grid, math.log(weight), dtype or jnp.result_type(float))
 
+    def check(self, params) -> None:
+        require_theta("WeightedTV", params, self.grid)
+
     def weights(self, params, shape):
         """The weight of each pixel of an image of that shape."""
-        theta = jnp.asarray(params)
-        if theta.shape != self.grid:
-            raise ValueError(f"params of WeightedTV must have shape {self.grid}, got {theta.shape}; see its init.")
-        if len(shape) != 2 or any(n < m for n, m in zip(shape, self.grid, strict=True)):
+        self.check(params)
+        self._require(shape)
+        return jnp.exp(jax.image.resize(jnp.asarray(params), shape, "linear"))
+
+    def _require(self, shape) -> None:
+        require_image("WeightedTV", shape)
+        if any(n < m for n, m in zip(shape, self.grid, strict=True)):
             raise ValueError(f"WeightedTV takes one (H, W) image of at least {self.grid} pixels, got {shape}.")
-        return jnp.exp(jax.image.resize(theta, shape, "linear"))
 
     def __call__(self, params, x):
         weights = self.weights(params, x.shape)
         squares = forward_difference(x, 0) ** 2 + forward_difference(x, 1) ** 2
         return jnp.sum(weights * jnp.sqrt(squares + self.eps**2))
 
-    def bounds(self, params, shape=None) -> Constants:
+    def bounds(self, params, shape) -> Constants:
         """0 <= Hessian <= 8 max(weights)/eps, and the Lipschitz constants that certificates need.
 
         As for `SmoothedTV` with the largest weight; interpolation does not exceed max(theta). A direction d of theta
         changes grad_x R by D' diag(weights U d) flux with |flux| <= 1 and Lipschitz with 1/eps, and |U d| <= |d| at
-        each pixel. ``shape`` of x is needed for mixed_norm, sqrt(8) max(weights) ||U||.
+        each pixel; mixed_norm is sqrt(8) max(weights) ||U||.
         """
+        self.check(params)
+        self._require(shape)
         weight = jnp.exp(jnp.max(jnp.asarray(params)))
-        mixed_norm = None
-        if shape is not None:
-            # rows of U sum to 1, so ||U||^2 is at most its largest column sum, per axis
-            sums = [jnp.max(jnp.sum(_interpolation(n, m), axis=0)) for n, m in zip(shape, self.grid, strict=True)]
-            mixed_norm = math.sqrt(8.0) * weight * jnp.sqrt(sums[0] * sums[1])
-        hessian_lipschitz = _THIRD_DERIVATIVE * 8 * math.sqrt(3.0) * weight / self.eps**2
+        # rows of U sum to 1, so ||U||^2 is at most its largest column sum, per axis
+        sums = [jnp.max(jnp.sum(_interpolation(n, m), axis=0)) for n, m in zip(shape, self.grid, strict=True)]
         smoothness = 8 * weight / self.eps
-        return Constants(jnp.zeros_like(weight), smoothness, hessian_lipschitz, smoothness, mixed_norm)
+        return Constants(
+            strong_convexity=jnp.zeros_like(weight),
+            smoothness=smoothness,
+            hessian_lipschitz=POTENTIALS["root"].third * 8 * math.sqrt(3.0) * weight / self.eps**2,
+            mixed_lipschitz=smoothness,
+            mixed_norm=math.sqrt(8.0) * weight * jnp.sqrt(sums[0] * sums[1]),
+        )
 
 
 def _interpolation(n: int, m: int):

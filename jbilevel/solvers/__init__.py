@@ -7,36 +7,38 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.problems import SmoothProblem, refuse_derivatives, validate_arrays
-from jbilevel.results import SolveInfo
-from jbilevel.saddle import SaddleProblem
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo
+from jbilevel._core.validate import refuse_derivatives, validate_arrays
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
-from jbilevel.solvers.cg import cg as cg
 from jbilevel.solvers.external import External as External
 from jbilevel.solvers.forward_backward import ForwardBackward as ForwardBackward
 from jbilevel.solvers.lbfgs import LBFGS as LBFGS
+from jbilevel.solvers.linear import CG as CG
+from jbilevel.solvers.linear import MINRES as MINRES
+from jbilevel.solvers.linear import LinearSolver as LinearSolver
 from jbilevel.solvers.loop import solve_jitted, start_jitted
-from jbilevel.solvers.minres import minres as minres
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
-from jbilevel.sparse import WeightedL1Problem
 
-
-def default_solver(problem):
-    """The solver used for ``solver=None``."""
-    if isinstance(problem, SmoothProblem):
-        return NewtonCG()
-    if isinstance(problem, SaddleProblem):
-        return PDHG()
-    if isinstance(problem, WeightedL1Problem):
-        return ForwardBackward()
-    if not hasattr(problem, "at"):
-        raise TypeError(f"`problem` must be a problem such as jb.SmoothProblem, got {type(problem).__name__}.")
-    raise TypeError(f"no default solver for {type(problem).__name__}; pass `solver`.")
+__all__ = [
+    "AGD",
+    "CG",
+    "External",
+    "ForwardBackward",
+    "GradientDescent",
+    "LBFGS",
+    "LinearSolver",
+    "MINRES",
+    "NewtonCG",
+    "NonmonotoneAPG",
+    "Optax",
+    "PDHG",
+    "solve",
+]
 
 
 def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
@@ -62,7 +64,7 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
       ValueError: tol is negative, or x0 does not have the shape that init gives.
       TypeError: a leaf of params or data is not an array, or energy closes over a traced value.
     """
-    solver = default_solver(problem) if solver is None else solver
+    solver = problem.default_solver() if solver is None else solver
     problem.check(params)
     validate_arrays(data, "data")
     params, data = refuse_derivatives((params, data), "of jb.solve", "use jb.implicit.argmin")
@@ -100,3 +102,7 @@ def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 3):
                 stacklevel=stacklevel,
             )
     return jnp.asarray(tol, trees.dtype(x))
+
+
+def __dir__():
+    return __all__

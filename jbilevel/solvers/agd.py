@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import Work
+from jbilevel._core import trees
+from jbilevel._core.results import Work
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
 
@@ -25,7 +26,7 @@ class AGDState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AGD:
+class AGD(Solver):
     """Nesterov's accelerated gradient method, x+ = y - grad(y)/L, y+ = x+ + beta (x+ - x).
 
     beta = (sqrt(L) - sqrt(mu))/(sqrt(L) + sqrt(mu)) when mu and L are known (Chambolle & Pock 2016, section 4.3);
@@ -85,6 +86,9 @@ class AGD:
             # mu = 0 would give the constant momentum 1, which does not converge
             beta = jnp.where(root > 0, (1 - root) / (1 + root), beta)
         return beta, following
+
+    def value(self, state):
+        return state.value
 
 
 class Look(NamedTuple):

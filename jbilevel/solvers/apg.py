@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import Work
+from jbilevel._core import trees
+from jbilevel._core.results import Work
 from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
 
@@ -40,7 +41,7 @@ class _Trial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NonmonotoneAPG:
+class NonmonotoneAPG(Solver):
     """Nonmonotone accelerated gradient method (nmAPG of Li & Lin 2015, supplement, Algorithm 4, without a prox).
 
     With c_k a weighted mean of the values so far (Zhang & Hager 2004), one step is
@@ -128,3 +129,6 @@ class NonmonotoneAPG:
         informative = trees.norm(s) > 4 * trees.eps(y) * trees.norm(y)  # not only rounding
         positive = informative & (bend > 0)
         return jnp.where(positive, bend / jnp.where(positive, squared, 1.0), new.step / self.rho)
+
+    def value(self, state):
+        return state.value

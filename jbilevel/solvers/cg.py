@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import RUNNING, SolveInfo, Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 
 PATIENCE = 50
 
@@ -64,9 +64,9 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
 
     def step(s: CGState) -> CGState:
         mapped = trees.cast_like(product(s.direction), s.direction)
-        bend = trees.dot(s.direction, mapped)
-        positive = bend > 0
-        alpha = jnp.where(positive, s.squared / jnp.where(positive, bend, 1.0), 0.0)
+        curved = trees.dot(s.direction, mapped)
+        positive = curved > 0
+        alpha = jnp.where(positive, s.squared / jnp.where(positive, curved, 1.0), 0.0)
         x = trees.add_scaled(s.x, alpha, s.direction)
         r = trees.add_scaled(s.residual, -alpha, mapped)
         squared = trees.squared_norm(r)
@@ -77,8 +77,8 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
         travelled = s.travelled + 2 * alpha * s.along + alpha**2 * s.length
         # a NaN product is NONFINITE, not a direction of negative curvature
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
-        squared = jnp.where(jnp.isnan(bend), jnp.nan, squared)
-        curvature = jnp.maximum(s.curvature, bend / s.length)
+        squared = jnp.where(jnp.isnan(curved), jnp.nan, squared)
+        curvature = jnp.maximum(s.curvature, curved / s.length)
         return judge(s._replace(
             x=x, residual=r, direction=direction, squared=squared, length=length, along=along, travelled=travelled,
             curvature=curvature, steps=s.steps + 1, status=status,

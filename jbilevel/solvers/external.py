@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import Work
+from jbilevel._core import trees
+from jbilevel._core.results import Work
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import Iterate
 
 
 @dataclass(frozen=True)
-class External:
+class External(Solver):
     """Any function that minimises an energy, as a solver: ``run(energy, x0, tol, max_steps) -> x``.
 
     ``run`` is called once per sample, with ``energy: x -> scalar`` at fixed params and data, the warm start x0, and the
@@ -47,7 +48,8 @@ class External:
 
     run: Callable
 
-    patience = 0  # one shot: see `jbilevel.solvers.loop.Solver`
+    patience = 0
+    one_shot = True
 
     def init(self, view, x0, target, max_steps) -> Iterate:
         x, gradients = self._result(self.run(view.value, x0, target, max_steps), x0)
@@ -74,3 +76,6 @@ class External:
                 f"got {jax.tree.map(jnp.shape, result)} in {jax.tree.structure(result)}."
             )
         return trees.cast_like(result, x0), gradients
+
+    def value(self, state):
+        return state.value

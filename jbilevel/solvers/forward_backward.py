@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import RUNNING, Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, Status, Work
+from jbilevel._views.weighted_l1 import SupportView, WeightedL1View
 from jbilevel.solvers.agd import first_curvature
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.loop import secant
-from jbilevel.sparse import Piece, SparseView
 
 # a Newton step has to lower the envelope by this share of the residual's term, or the residual by GAIN; it is halved
 # HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING, to CLOSE
@@ -57,7 +58,7 @@ class _Forward(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ForwardBackward:
+class ForwardBackward(Solver):
     """FISTA with restart, x+ = prox_{G/L}(y - grad F(y)/L), and semismooth Newton steps (for `WeightedL1Problem`).
 
     y = x+ + beta (x+ - x) with FISTA's t_k rule (Beck & Teboulle 2009), gradient restart (O'Donoghue & Candes 2015) and
@@ -71,7 +72,7 @@ class ForwardBackward:
     products, so that attempts that come too early at most double the cost.
 
     ``info.residual`` is R = L ||y - x+||. Where F is convex and L a bound on its Hessian, v -> v - grad F(v)/L is
-    nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), an element of the subdifferential of F + G at x+, has
+    nonexpansive, so r = L (y - x+) + grad F(x+) - grad F(y), a subgradient of F + G at x+, has
     ||r|| <= R and mu-strong convexity gives ``||x+ - x_hat|| <= R/mu``: the proven ``info.error``.
 
     Where L is not given, the step is found by backtracking on F(x+) <= F(y) + <grad F(y), x+ - y> + L/2 ||x+ - y||^2.
@@ -93,8 +94,8 @@ class ForwardBackward:
         if self.wait < 1 or self.max_products < 1:
             raise ValueError("`wait` and `max_products` of ForwardBackward must be at least 1.")
 
-    def init(self, view: SparseView, x0, target) -> ForwardBackwardState:
-        if not isinstance(view, SparseView):
+    def init(self, view: WeightedL1View, x0, target) -> ForwardBackwardState:
+        if not isinstance(view, WeightedL1View):
             raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
         smooth = view.smooth
         value, gradient, hessian = smooth.linearize(x0)
@@ -102,8 +103,8 @@ class ForwardBackward:
         smoothness, more = first_curvature(smooth, x0, gradient, size)
         since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
         forward = self._forward(view, x0, gradient, smoothness, value, hessian)
-        element = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
-        residual = view.measure(trees.norm(element), forward.smoothness)
+        subgradient = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
+        residual = view.measure(trees.norm(subgradient), forward.smoothness)
         # soft thresholding would hide NaN
         residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
         bad = ~view.penalty.usable() | ~(smoothness > 0) | forward.failed
@@ -111,19 +112,19 @@ class ForwardBackward:
         work = Work.zero().plus(gradients=1 + more, values=forward.values)
         zero, one = jnp.zeros_like(size), jnp.ones_like(size)
         return ForwardBackwardState(
-            forward.x, element, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
+            forward.x, subgradient, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
             jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
             residual, zero,
         )  # fmt: skip
 
-    def step(self, view: SparseView, state: ForwardBackwardState, target) -> ForwardBackwardState:
+    def step(self, view: WeightedL1View, state: ForwardBackwardState, target) -> ForwardBackwardState:
         y = state.point
         value, slope, hessian = view.smooth.linearize(y)
         forward = self._forward(view, y, slope, state.smoothness, value, hessian)
         smoothness, x = forward.smoothness, forward.x
         gap = trees.sub(y, x)
-        element = trees.scale(smoothness, gap)
-        residual = view.measure(trees.norm(element), smoothness)
+        subgradient = trees.scale(smoothness, gap)
+        residual = view.measure(trees.norm(subgradient), smoothness)
         quadratic = 0.5 * smoothness * trees.squared_norm(gap)
         # soft thresholding would hide NaN
         residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
@@ -156,7 +157,7 @@ class ForwardBackward:
         # at the end of a Newton step momentum starts anew
         following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
         moved = ForwardBackwardState(
-            x, element, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
+            x, subgradient, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
             trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
             jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
             jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,
@@ -169,7 +170,7 @@ class ForwardBackward:
         )  # fmt: skip
         return trees.where(refused, back, moved)
 
-    def _forward(self, view: SparseView, y, slope, smoothness, value, hessian) -> _Forward:
+    def _forward(self, view: WeightedL1View, y, slope, smoothness, value, hessian) -> _Forward:
         """x+ from y, with a longer L where the decrease that L promises fails to come."""
 
         def at(smoothness):
@@ -198,7 +199,7 @@ class ForwardBackward:
         smoothness, x, values, found = jax.lax.while_loop(lambda c: ~c[3] & (c[2] < DOUBLINGS), longer, start)
         return _Forward(x, smoothness, values, ~found)
 
-    def _extrapolate(self, view: SparseView, state: ForwardBackwardState, y, x, smoothness):
+    def _extrapolate(self, view: WeightedL1View, state: ForwardBackwardState, y, x, smoothness):
         change = trees.sub(x, state.x)
         restart = trees.dot(trees.sub(y, x), change) > 0
         t = jnp.where(restart, 1.0, state.t)
@@ -210,20 +211,20 @@ class ForwardBackward:
             beta = jnp.minimum(beta, (1 - root) / (1 + root))
         return trees.add_scaled(x, beta, change), following
 
-    def _newton(self, view: SparseView, y, x, slope, hessian, smoothness, target, wanted, close):
+    def _newton(self, view: WeightedL1View, y, x, slope, hessian, smoothness, target, wanted, close):
         """(from x to the end of the Newton step from y, whether there is one, products)."""
         if not self.newton:
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
 
         def solve(_):
             sets = view.index_sets(y, slope, 1 / smoothness, 0.0)
-            piece = Piece(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
+            piece = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
             gap = trees.sub(x, y)
             # unknowns that the prox sets to zero go there, whatever the others do
             dropped = trees.sub(gap, piece.project(gap))
-            bend = piece.bend(x)
+            penalty = piece.penalty_hessian(x)
             rhs = trees.scale(smoothness, gap)
-            rhs = rhs if bend is None else trees.add(rhs, bend(gap))
+            rhs = rhs if penalty is None else trees.add(rhs, penalty(gap))
             rhs = piece.project(trees.sub(rhs, hessian(dropped)))
             size = trees.norm(rhs)
             share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
@@ -240,3 +241,6 @@ class ForwardBackward:
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
 
         return jax.lax.cond(wanted, solve, skip, None)
+
+    def failure(self, state):
+        return state.failure

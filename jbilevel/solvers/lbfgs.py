@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from jbilevel import trees
-from jbilevel.results import Work
+from jbilevel._core import trees
+from jbilevel._core.results import Work
 from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
 
@@ -25,7 +26,7 @@ class LBFGSState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(Solver):
     """Limited-memory BFGS (Liu & Nocedal 1989) with optax's zoom line search (Nocedal & Wright 2006, algorithm 3.5).
 
     Each step tries x + alpha p, p = -(approximate inverse Hessian) gradient, until the strong Wolfe conditions hold
@@ -72,3 +73,6 @@ class LBFGS:
         accepted = LBFGSState(x, gradient, residual, curvature, work, value, memory)
         refused = state._replace(evaluations=work, memory=method.init(state.x))
         return trees.where(accept, accepted, refused)
+
+    def value(self, state):
+        return state.value

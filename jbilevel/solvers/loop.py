@@ -1,19 +1,19 @@
 """The one driver loop of all lower-level solvers: stopping, statuses, error bound.
 
-A solver is a frozen dataclass (static configuration) with ``init(view, x0, target) -> state`` and
-``step(view, state, target) -> state``; its state is a NamedTuple that has at least the fields of `Iterate`.
+What a solver is stands in `jbilevel.solvers.base`.
 """
 
 from __future__ import annotations
 
 from functools import partial, wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import RUNNING, SolveInfo, Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
+from jbilevel.solvers.base import Solver
 
 # Rounding keeps ||gradient|| from falling below about eps * L * ||x|| =: unit. Up to FLOOR_FACTOR units a residual is
 # taken for rounding once it has not improved for a while: PATIENCE_AT_FLOOR steps up to one unit, in proportion above,
@@ -58,19 +58,7 @@ class Iterate(NamedTuple):
     residual: Any  # 2-norm of the gradient
     curvature: Any  # largest curvature met, for the rounding floor
     evaluations: Work
-    value: Any  # energy at x (a solver that does not know it leaves the field out)
-    # a solver that finds out why it cannot go on has a field ``failure``: that `Status`, RUNNING until then
-
-
-class Solver(Protocol):
-    # steps without a better residual or a lower energy before the solve counts as stagnated; 0: `init` takes max_steps
-    # as a fourth argument and does all the work
-    patience: int
-    # a solver whose step is several of its iterations says how many in ``stride``
-
-    def init(self, view, x0, target) -> Any: ...
-
-    def step(self, view, state, target) -> Any: ...
+    value: Any  # energy at x; solvers that do not know it have no such field
 
 
 class Solution(NamedTuple):
@@ -94,7 +82,7 @@ def run(solver: Solver, view, x0, tol, max_steps) -> Solution:
 
     Solvers whose next step depends on x alone first go as far in float32 as that helps, where the problem allows it.
     """
-    single = view.single(x0) if getattr(solver, "memoryless", False) else None
+    single = view.single(x0) if solver.memoryless else None
     if single is None:
         return _run(solver, view, x0, tol, max_steps)
     first = _run(solver, single, trees.to_single(x0), tol, max_steps, linger=False)
@@ -113,7 +101,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
 
     def judge(progress: _Progress) -> _Progress:
         residual = progress.state.residual
-        value = getattr(progress.state, "value", residual)
+        value = solver.value(progress.state)
         better = residual < 0.99 * progress.best
         lower = value < progress.lowest - DECREASE * eps * jnp.abs(value)
         since = jnp.where(better | lower, 0, progress.since + 1)
@@ -129,18 +117,16 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
         bad = jnp.isnan(residual) | (jnp.isinf(residual) & (progress.steps > 0))
         bad = bad | ~jnp.isfinite(trees.norm(progress.state.x))  # an energy without a minimum
         status = jnp.where(bad, Status.NONFINITE, status)
-        failure = getattr(progress.state, "failure", RUNNING)
+        failure = solver.failure(progress.state)
         status = jnp.where(failure != RUNNING, failure, status).astype(jnp.int32)
         best, lowest = jnp.where(better, residual, progress.best), jnp.where(lower, value, progress.lowest)
         return progress._replace(best=best, lowest=lowest, since=since, status=status)
 
-    stride = getattr(solver, "stride", 1)
-
     def advance(progress: _Progress) -> _Progress:
         state = solver.step(view, progress.state, target)
-        return judge(progress._replace(state=state, steps=progress.steps + stride))
+        return judge(progress._replace(state=state, steps=progress.steps + solver.stride))
 
-    state = solver.init(view, x0, target) if solver.patience else solver.init(view, x0, target, max_steps)
+    state = solver.init(view, x0, target, max_steps) if solver.one_shot else solver.init(view, x0, target)
     zero = jnp.zeros((), jnp.int32)
     worst = jnp.full_like(state.residual, jnp.inf)
     first = judge(_Progress(state, zero, worst, worst, zero, zero))
@@ -162,4 +148,4 @@ def start_jitted(problem, params, data):
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
     problem.validate(params, data, x0)
     x0 = trees.cast_like(x0, problem.start(params, data))
-    return run(solver, problem.at(params, data), x0, tol, max_steps)._replace(state=None)
+    return run(solver, problem.view(params, data), x0, tol, max_steps)._replace(state=None)

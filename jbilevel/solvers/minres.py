@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import RUNNING, SolveInfo, Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 
 FLOOR_FACTOR = 256.0  # a residual below this many eps ||H|| ||x|| that does not fall any more is rounding
 PATIENCE, GROWTH = 10, 100.0  # x that grows this much in so many steps without effect grows in the null space of H

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import Status
+from jbilevel._core import trees
+from jbilevel._core.results import Status
 from jbilevel.solvers.cg import CGState, iterate, resume
 
 # A float32 solve is asked for no smaller relative residual; refinement goes on while it gains at least the factor GAIN.

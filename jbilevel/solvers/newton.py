@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jbilevel import trees
-from jbilevel.results import Status, Work
+from jbilevel._core import trees
+from jbilevel._core.results import Status, Work
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 from jbilevel.solvers.mixed import curvature as hessian
 
@@ -33,7 +34,7 @@ class NewtonState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NewtonCG:
+class NewtonCG(Solver):
     """Line-search Newton-CG (Steihaug 1983; forcing terms of Eisenstat & Walker 1996, choice 2).
 
     Each step evaluates value, gradient and Hessian linearisation at one candidate. If it decreases the energy enough
@@ -138,3 +139,6 @@ class NewtonCG:
         goal = jnp.where(restart, self.relief * state.residual, state.goal)
         one = jnp.ones_like(state.length)
         return state._replace(direction=trees.sub(following, state.x), length=one, goal=goal, previous=point)
+
+    def value(self, state):
+        return state.value

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from jbilevel import trees
-from jbilevel.results import Work
+from jbilevel._core import trees
+from jbilevel._core.results import Work
 from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
 
@@ -25,8 +26,8 @@ class OptaxState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Optax:
-    """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam (papers 0, 1).
+class Optax(Solver):
+    """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam.
 
     For comparisons: the steps know no constant of the problem, and a rate that does not suit ends as MAX_STEPS,
     STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve.
@@ -47,3 +48,6 @@ class Optax:
         work = state.evaluations.plus(gradients=1)
         memory = trees.cast_like(memory, state.memory)
         return OptaxState(x, gradient, trees.norm(gradient), curvature, work, value, memory)
+
+    def value(self, state):
+        return state.value

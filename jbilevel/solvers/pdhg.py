@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jbilevel import trees
+from jbilevel._core import trees
+from jbilevel._core.results import RUNNING, Status, Work
+from jbilevel._views.saddle import SaddleView, lengths
 from jbilevel.prox import divided, times
-from jbilevel.results import RUNNING, Status, Work
-from jbilevel.saddle import SaddleView, lengths
+from jbilevel.solvers.base import Solver
 
 # a ||K v||/||v|| this far above the bound is no rounding; an estimated bound is then raised with some margin
 EXCESS, MARGIN = 1e-3, 1.05
@@ -40,13 +41,13 @@ class PDHGState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PDHG:
+class PDHG(Solver):
     """x+ = prox_{tau g}(x - tau K*y), y+ = prox_{sigma f*}(y + sigma K(x+ + theta (x+ - x))) (Chambolle & Pock 2011).
 
     Always tau sigma ||K||^2 <= 1, and:
 
     - both moduli known: linear convergence with nu = min(1, 2 sqrt(mu_g mu_f)/||K||), tau = nu/(2 mu_g),
-      sigma = nu/(2 mu_f), theta = 1/(1 + nu) (their Algorithm 3; paper 3, Algorithm 1);
+      sigma = nu/(2 mu_f), theta = 1/(1 + nu) (their Algorithm 3);
     - else theta = 1, tau = ratio/||K||, sigma = 1/(ratio ||K||), over-relaxed: z + relaxation (z+ - z);
     - one modulus and ``accelerate``: O(1/k^2) by shrinking the step of that variable (Algorithm 2; for f* with roles
       exchanged). That is a worst-case rate: total variation needs ten times more of these iterations than of the above.
@@ -140,7 +141,7 @@ class PDHG:
         if view.mu_primal is None or (view.mu_dual is None and (not self.accelerate or view.steps is not None)):
             return one, one
         if view.mu_dual is None:
-            mu = self._moduli(view._replace(mu_dual=0.0))[0]
+            mu = self._moduli(replace(view, mu_dual=0.0))[0]
             theta = 1 / jnp.sqrt(1 + 2 * jnp.maximum(mu, 0.0) * tau)
             return theta.astype(tau.dtype), theta.astype(tau.dtype)
         # nu = 2 mu tau
@@ -200,3 +201,6 @@ class PDHG:
         pair, element = swap((after.x, after.y)), swap(element)
         work = work.plus(gradients=1)
         return PDHGState(pair, element, residual, curvature, work, failure, following, norm)
+
+    def failure(self, state):
+        return state.failure

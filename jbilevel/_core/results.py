@@ -1,0 +1,272 @@
+"""What solvers, oracles and methods return: statuses with sentences, infos, values and hypergradients."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RUNNING = -1  # internal: a loop that has not stopped yet
+
+
+class Status(enum.IntEnum):
+    """How a solve ended; larger is worse, so the status of a batch is the maximum over its samples."""
+
+    CONVERGED = 0
+    PRECISION = 1
+    STAGNATED = 2
+    MAX_STEPS = 3
+    INDEFINITE = 4
+    NONFINITE = 5
+    NORM_BOUND = 6
+    SMOOTHNESS = 7
+
+    @property
+    def message(self) -> str:
+        """A full sentence that says what happened and what to do."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "The tolerance was met.",
+    Status.PRECISION: (
+        "The solve attained the precision of its dtype before the tolerance; ask for a looser `tol` or use float64."
+    ),
+    Status.STAGNATED: (
+        "The residual stopped decreasing above the tolerance; check that `smoothness` is not too small and that "
+        "the energy is differentiable, or try another solver."
+    ),
+    Status.MAX_STEPS: "The step limit was reached before the tolerance; raise `max_steps`, loosen `tol` or warm-start.",
+    Status.INDEFINITE: (
+        "The Hessian is not positive definite here, so conjugate gradients do not apply; use "
+        "`linear_solver=jb.solvers.MINRES()` or make the energy strongly convex."
+    ),
+    Status.NONFINITE: (
+        "NaN or infinity appeared; check the data and the parameters of this sample, and that no step or "
+        "`smoothness` constant is too optimistic."
+    ),
+    Status.NORM_BOUND: (
+        "The linear operator stretched a vector by more than `norm` says, so the steps are too long; pass a true bound "
+        "on its norm, or `norm=None`."
+    ),
+    Status.SMOOTHNESS: (
+        "The gradient changed faster than `smoothness` says, so the steps are too long; pass a true bound on the "
+        "Hessian's norm, or `smoothness=None`."
+    ),
+}
+
+
+class ConvergenceError(RuntimeError):
+    """A solve did not reach its tolerance; the message names the sample, the status and the residual."""
+
+
+class Work(NamedTuple):
+    """Evaluations of the lower-level energy: values, gradients, Hessian-vector products (one each)."""
+
+    values: Any
+    gradients: Any
+    products: Any
+
+    @classmethod
+    def zero(cls) -> Work:
+        return cls(*(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+    def plus(self, values=0, gradients=0, products=0) -> Work:
+        counts = (self.values + values, self.gradients + gradients, self.products + products)
+        return Work(*(jnp.asarray(c, jnp.int32) for c in counts))
+
+    def join(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def total(self):
+        """Gradient-equivalents: every value, gradient and product counts one (values and products cost less)."""
+        return self.values + self.gradients + self.products
+
+
+class SolveInfo(NamedTuple):
+    """How one solve ended. Every field has a leading batch axis when the solve was batched.
+
+    status: int32 code of `Status`; steps: int32; residual: final residual norm;
+    error: proven bound on ||x - x_hat||_2, inf where none is known; evaluations: `Work`.
+    """
+
+    status: Any
+    steps: Any
+    residual: Any
+    error: Any
+    evaluations: Work
+
+    @property
+    def work(self):
+        """Gradient-equivalents spent (see `Work.total`)."""
+        return self.evaluations.total
+
+    @classmethod
+    def exact(cls, like) -> SolveInfo:
+        """Of a solve that is exact up to rounding, in the dtype of a number: NONFINITE where that is not finite."""
+        zero, like = jnp.zeros((), jnp.int32), jnp.asarray(like)
+        status = jnp.where(jnp.isfinite(like), Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)
+        none = jnp.zeros_like(like)
+        return cls(status, zero, residual=none, error=none, evaluations=Work.zero().plus(gradients=1))
+
+
+class Warm(NamedTuple):
+    """Where the next solves start: the lower-level unknown and the adjoint (``None`` for oracles without one)."""
+
+    x: Any
+    adjoint: Any
+
+
+class Value(NamedTuple):
+    """Upper-level value of a batch, without any adjoint solve.
+
+    value: weighted mean; error: estimate of |value - exact|; bound: proven bound (inf where none is known);
+    values: per sample; lower: per-sample `SolveInfo`; warm: next warm start.
+    """
+
+    value: Any
+    error: Any
+    bound: Any
+    values: Any
+    lower: SolveInfo
+    warm: Warm
+
+    @property
+    def status(self):
+        """Worst status of the batch."""
+        return jnp.max(self.lower.status)
+
+    @property
+    def work(self):
+        """Gradient-equivalents over the batch."""
+        return jnp.sum(self.lower.work)
+
+
+class Hypergradient(NamedTuple):
+    """Value and hypergradient of a batch, with their errors.
+
+    value, values: weighted mean and per-sample upper-level values; value_error, value_bound: as in `Value`;
+    grad: pytree like params, direct plus indirect part; error: estimate of the 2-norm error of the `grad` returned
+    (with correct=True: of what remains); certified, bound: a proven bound on that error when certified, else inf;
+    warm: next warm start; lower, adjoint: per-sample `SolveInfo`.
+    """
+
+    value: Any
+    values: Any
+    value_error: Any
+    value_bound: Any
+    grad: Any
+    error: Any
+    certified: Any
+    bound: Any
+    warm: Warm
+    lower: SolveInfo
+    adjoint: SolveInfo
+
+    @property
+    def status(self):
+        """Worst status over samples and over both solves."""
+        return jnp.maximum(jnp.max(self.lower.status), jnp.max(self.adjoint.status))
+
+    @property
+    def work(self):
+        """Gradient-equivalents over the batch, both solves."""
+        return jnp.sum(self.lower.work) + jnp.sum(self.adjoint.work)
+
+
+class StepInfo(NamedTuple):
+    """What one step of a method reports (`fit` collects these in its history).
+
+    value: upper-level value at the parameters the step started from; grad_norm: 2-norm of the hypergradient used;
+    error: estimate of that hypergradient's error (inf where none was computed); step: step length taken (0 when the
+    parameters did not move); tol, adjoint_tol: accuracies used; work: gradient-equivalents spent by this step;
+    status: worst `Status` among its solves; done: True when the method cannot improve any further.
+    """
+
+    value: Any
+    grad_norm: Any
+    error: Any
+    step: Any
+    tol: Any
+    adjoint_tol: Any
+    work: Any
+    status: Any
+    done: Any
+
+
+def acceptable(status):
+    """Converged, or as close as the dtype allows."""
+    return status <= Status.PRECISION
+
+
+def check(info, *, strict: bool = False) -> None:
+    """Raise `ConvergenceError` if a solve failed, naming the sample, the status and the residual. Outside jit only.
+
+    Args:
+      info: `SolveInfo`, `Value` or `Hypergradient` (single or batched).
+      strict: also raise for `Status.PRECISION` (tolerance below what the dtype can reach).
+
+    Raises:
+      ConvergenceError: a status is worse than accepted.
+      TypeError: called under jit, where statuses are not yet known.
+
+    >>> import jbilevel as jb
+    >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - d) ** 2, lambda p, d: d, strong_convexity=1.0)
+    >>> x, info = jb.solve(problem, (), 2.0)
+    >>> jb.check(info)
+    """
+    if isinstance(info, Hypergradient):
+        check(info.lower, strict=strict)
+        return _check(info.adjoint, strict, "the adjoint solve")
+    if isinstance(info, Value):
+        return check(info.lower, strict=strict)
+    return _check(info, strict, "the lower-level solve")
+
+
+def _check(info: SolveInfo, strict: bool, what: str) -> None:
+    if isinstance(info.status, jax.core.Tracer):
+        raise TypeError("check(info) needs concrete statuses: call it outside jit, on what the function returned.")
+    codes = np.ravel(np.asarray(info.status))
+    bad = np.flatnonzero(codes > (Status.CONVERGED if strict else Status.PRECISION))
+    if bad.size:
+        raise ConvergenceError(_failure(info, int(bad[np.argmax(codes[bad])]), bad.size, codes.size, what))
+
+
+def _failure(info: SolveInfo, worst: int, failed: int, total: int, what: str) -> str:
+    status = Status(int(np.ravel(np.asarray(info.status))[worst]))
+    residual = float(np.ravel(np.asarray(info.residual))[worst])
+    where = f" of sample {worst} ({failed} of {total} samples failed)" if total > 1 else ""
+    return f"{what}{where} ended {status.name} with residual {residual:.2e}: {status.message}"
+
+
+def guard(tree, info: SolveInfo, on_failure: str, what: str):
+    """Pass ``tree`` on, but never silently when ``info`` reports a failure.
+
+    "raise": `ConvergenceError` outside jit (inside jax.vmap and jax.grad too), NaN under jit, where nothing can be
+    raised without a call back to the host; "nan": NaN; "ignore": as is.
+    """
+    if on_failure == "ignore":
+        return tree
+    if on_failure == "raise":
+        raise_if_known(info, what)
+        if not isinstance(info.status, jax.core.Tracer):
+            return tree
+    return jax.tree.map(lambda v: jnp.where(acceptable(info.status), v, jnp.nan), tree)
+
+
+def raise_if_known(info: SolveInfo, what: str) -> None:
+    """`ConvergenceError` if statuses are concrete and report a failure, also where only jax.vmap hides them."""
+
+    def look(status, residual):
+        if not isinstance(status, jax.core.Tracer):
+            _check(SolveInfo(status, None, residual, None, Work(0, 0, 0)), False, what)
+            return status
+        seen = jax.custom_batching.custom_vmap(lambda status, residual: status)
+        seen.def_vmap(lambda size, batched, status, residual: (look(status, residual), batched[0]))
+        return seen(status, residual)
+
+    look(*jax.lax.stop_gradient((info.status, info.residual)))

@@ -1,0 +1,120 @@
+"""Checks of what users pass, with sentences that name the argument and the cure."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def start_shapes(problem, params, data, x0=None):
+    """Shapes of the cold start, after the checks of arguments that all problems share; ``x0`` must have them too."""
+    validate_arrays(params, "params")
+    validate_arrays(data, "data")
+    start = jax.eval_shape(problem.start, params, data)
+    if x0 is not None:
+        same_shapes(x0, start)
+    return start
+
+
+def as_start(x0):
+    """What a user's init returned, as real arrays; strongly typed like what solvers return, so that a warm start
+    compiles nothing new."""
+    x0 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), x0)
+    if not jax.tree.leaves(x0):
+        raise TypeError(f"init(params, data) must return the start x0 as arrays, got {x0}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x0):
+        name = f"init(params, data){jax.tree_util.keystr(path)}"
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} is complex; split the unknown into real and imaginary parts.")
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(f"{name} has dtype {leaf.dtype}; return a float array, e.g. x0.astype(float).")
+    return x0
+
+
+def require_scalar(out, name: str) -> None:
+    """``out``: what `jax.eval_shape` of a user's energy or loss returned."""
+    if not hasattr(out, "shape") or out.shape != ():
+        raise ValueError(
+            f"{name} must return a scalar for one sample, got {jax.tree.map(lambda o: o.shape, out)}; "
+            "sum over pixels, and batch with the oracle's in_axes."
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"{name} must return a real number, got dtype {out.dtype}; take its real part.")
+
+
+def refuse_derivatives(tree, what: str, instead: str):
+    """``tree`` itself; TypeError when it is differentiated, because the result would carry no derivative, silently."""
+
+    @jax.custom_jvp
+    def same(tree):
+        return tree
+
+    @same.defjvp
+    def _(primals, tangents):
+        raise TypeError(f"the result {what} has no derivative: {instead}.")
+
+    leaves, treedef = jax.tree.flatten(tree)
+    where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    if not where:
+        return tree
+    for k, leaf in zip(where, same([leaves[k] for k in where]), strict=True):
+        leaves[k] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def trace_scalar(function, name: str, *arguments) -> None:
+    """`require_scalar` of a user's function, with the shapes of one sample where the function does not fit them."""
+    try:
+        out = jax.eval_shape(function, *arguments)
+    except TypeError as error:
+        if "shape" not in str(error):
+            raise
+        names = ("params", "x", "data") if len(arguments) == 3 else ("params", "data")
+        shapes = jax.tree.map(jnp.shape, dict(zip(names, arguments, strict=True)))
+        raise ValueError(f"{name} does not fit the shapes of one sample, {shapes}: {error}") from error
+    require_scalar(out, name)
+
+
+def require_function(thing, name: str) -> None:
+    if not callable(thing):
+        raise TypeError(f"`{name}` must be a function, got {type(thing).__name__}.")
+
+
+def require_hashable(thing) -> None:
+    """Problems and oracles are static arguments of jit, which hashes them."""
+    try:
+        hash(thing)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(thing).__name__} must be hashable, but {error}; give it plain functions (or frozen dataclasses "
+            "without arrays), and pass arrays through `params` or `data`."
+        ) from error
+
+
+def validate_arrays(tree, name: str) -> None:
+    """Raise TypeError naming the first leaf that is not an array or a number."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        known = isinstance(leaf, (jax.Array, jax.core.Tracer, bool, int, float, complex))
+        if not known and getattr(getattr(leaf, "dtype", None), "kind", "O") in "OSUMm":
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not numbers; keep functions "
+                "and strings outside, e.g. with jb.partition(params, where) or equinox.partition(model, is_array)."
+            )
+
+
+def same_shapes(x0, start) -> None:
+    if jax.tree.structure(x0) != jax.tree.structure(start):
+        raise ValueError(f"x0 has structure {jax.tree.structure(x0)}, init returns {jax.tree.structure(start)}.")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(start), strict=True):
+        if jnp.shape(a) != b.shape:
+            raise ValueError(f"x0{jax.tree_util.keystr(path)} has shape {jnp.shape(a)}, init returns {b.shape}.")
+
+
+def no_closed_over_tracer(name: str, function, *arguments) -> None:
+    """A traced value hidden in a closure would get no gradient, silently."""
+    for constant in jax.make_jaxpr(function)(*arguments).consts:
+        if isinstance(constant, jax.core.Tracer):
+            raise TypeError(
+                f"{name} closes over a traced value of shape {jnp.shape(constant)}; pass it through `params` or "
+                "`data`, otherwise no gradient would flow to it."
+            )

@@ -1,0 +1,94 @@
+"""What descent methods share: automatic first tolerances and step lengths, projections and projected steps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbilevel._core import trees
+from jbilevel._core.validate import validate_arrays
+from jbilevel.solvers import require_tolerance
+
+
+class Scales(NamedTuple):
+    """Sizes at the cold start, against which first tolerances are relative (absolute ones do not transfer)."""
+
+    solution: Any  # mean over samples of ||grad_x energy(x0)||/mu (of ||grad_x energy(x0)|| without mu)
+    adjoint: Any  # mean over samples of ||grad_x loss(x0)||
+
+
+def scales(oracle, params, batch) -> Scales:
+    """Ask the oracle for nothing: infinite tolerances return the cold start with its residuals."""
+    first = oracle(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf)
+    solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
+    return Scales(_finite_mean(solution), _finite_mean(first.adjoint.residual))
+
+
+def _finite_mean(sizes):
+    """Mean without samples that are NaN, which no accuracy is meant for."""
+    finite = jnp.isfinite(sizes)
+    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
+
+
+class Tolerances(NamedTuple):
+    tol: Any
+    adjoint_tol: Any
+
+
+def first_tolerances(oracle, params, batch, relative, tol=None, adjoint_tol=None) -> Tolerances:
+    """As asked for, or ``relative`` times the scales at the cold start; 0 on an exact oracle, which has none."""
+    for name, asked in (("tol", tol), ("adjoint_tol", adjoint_tol)):
+        if asked is not None:
+            require_tolerance(asked, name, params)
+    if tol is not None and adjoint_tol is not None:
+        return Tolerances(jnp.asarray(tol, float), jnp.asarray(adjoint_tol, float))
+    nothing = jnp.zeros((), float)
+    measured = Scales(nothing, nothing) if oracle.exact else scales(oracle, params, batch)
+    # a start that already solves the problem has scale 0, which no solve could meet
+    least = 0.0 if oracle.exact else relative
+
+    def choose(asked, scale):
+        return jnp.asarray(asked, float) if asked is not None else jnp.where(scale > 0, relative * scale, least)
+
+    return Tolerances(choose(tol, measured.solution), choose(adjoint_tol, measured.adjoint))
+
+
+def first_step(params, grad, relative=0.1):
+    """Step length whose first step moves params by ``relative`` of their norm (by ``relative`` when they are zero)."""
+    size, slope = trees.norm(params), trees.norm(grad)
+    return relative * jnp.where(size > 0, size, 1.0) / jnp.where(slope > 0, slope, 1.0)
+
+
+def project(projection, params):
+    """P(params), with strong types: a Python number would make the first steps compile again."""
+    validate_arrays(params, "params")
+    params = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), params)
+    return params if projection is None else trees.cast_like(projection(params), params)
+
+
+def projected_step(projection, params, grad, step):
+    """(P(params - step grad), squared length of the move)."""
+    moved = project(projection, trees.add_scaled(params, -step, grad))
+    return moved, trees.squared_norm(trees.sub(moved, params))
+
+
+def reduced(projection, params, grad, step):
+    """(params - P(params - step grad))/step: the gradient where nothing is projected, else what of it can move params.
+
+    A part of the gradient that the projection takes away predicts no decrease, and may be far larger than the rest.
+    """
+    if projection is None:
+        return grad
+    moved, _ = projected_step(projection, params, grad, step)
+    return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
+
+
+def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):
+    """<s, y>/<y, y>, the shorter of the two steps of Barzilai & Borwein (1988): in a monotone search the longer one,
+    <s, s>/<s, y>, wastes many trials. ``fallback`` where the curvature along s is not positive.
+    """
+    s, y = trees.sub(params, previous_params), trees.sub(grad, previous_grad)
+    curvature = trees.dot(s, y)
+    return jnp.where(curvature > 0, curvature / jnp.where(curvature > 0, trees.squared_norm(y), 1.0), fallback)

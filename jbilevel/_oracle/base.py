@@ -1,0 +1,359 @@
+"""What every hypergradient oracle shares: batching, mean, sample weights, warm starts, statuses, values.
+
+An oracle turns (params, batch, warm start, tolerances) into a value, and a hypergradient, with their errors. A kind of
+oracle (implicit, unrolled, ...) supplies what is done for one sample; this file does the rest once for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbilevel._core import trees
+from jbilevel._core.contracts import Contract
+from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm
+from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
+from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
+from jbilevel._oracle.batches import split as split_batch
+from jbilevel._oracle.bounds import remaining
+from jbilevel._views.base import Problem
+from jbilevel.solvers import require_tolerance
+
+FAILURES = ("nan", "drop")
+
+
+class Sample(NamedTuple):
+    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact."""
+
+    value: Any  # upper-level value at the computed x
+    warm: Warm
+    lower: SolveInfo
+    adjoint: SolveInfo
+    shift: Any = None  # signed first-order error of the value (value - shift is the corrected value); 0
+    estimate: Any = None  # of |value - shift - exact|; inf
+    bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
+    gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
+    residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+
+    def filled(self, exact: bool) -> Sample:
+        """With arrays in place of what was left out."""
+        zero = jnp.zeros_like(self.value)
+        unknown = zero if exact else jnp.full_like(self.value, jnp.inf)
+        defaults = {
+            "shift": zero,
+            "residual_ratio": zero,
+            "estimate": unknown,
+            "bound": unknown,
+            "gradient_bound": unknown,
+        }
+        given = self._asdict()
+        return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
+
+
+class PullBackPoints(NamedTuple):
+    """Where the pull-back takes place: as computed, and half-way and all the way through a Newton correction."""
+
+    plain: Any
+    halfway: Any = None
+    corrected: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Contract, abstract="jb.Oracle"):
+    """Turns (params, batch, warm start, accuracies) into the value and the hypergradient of a batch, with their errors.
+
+    An oracle is static configuration (a frozen dataclass). What is done for ONE sample is supplied by a kind of oracle:
+    `PullBackOracle` solves and then pulls an adjoint back to the parameters, `ForwardOracle` differentiates its own
+    forward pass. Batches, means, weights, warm starts and statuses are here.
+
+    Args:
+      in_axes: sample axes of the batch, as for `jax.vmap`.
+      on_failure: "nan": one bad sample makes the mean NaN; "drop": it leaves the mean.
+      chunk: samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere.
+    """
+
+    in_axes: Any = 0
+    on_failure: str = "nan"
+    chunk: int | str | None = "auto"
+
+    exact: ClassVar[bool] = False  # whether results do not depend on the tolerances
+    correct: ClassVar[bool] = False  # whether the Newton-corrected hypergradient is returned
+    matmul_precision: ClassVar[str | None] = "highest"  # of float32 products; None: the caller's
+
+    def __post_init__(self):
+        object.__setattr__(self, "in_axes", Axes.of(self.in_axes))
+        if self.on_failure not in FAILURES:
+            raise ValueError(f"`on_failure` of an oracle must be one of {FAILURES}, got {self.on_failure!r}.")
+        if self.chunk not in (None, "auto") and not (isinstance(self.chunk, int) and self.chunk >= 1):
+            raise ValueError(f"`chunk` must be a positive number of samples, None or 'auto', got {self.chunk!r}.")
+        require_hashable(self)
+
+    @abstractmethod
+    def start(self, params, data) -> Warm:
+        """The cold start of one sample."""
+
+    @abstractmethod
+    def sample_value(self, params, data, warm: Warm, tol) -> Sample:
+        """The value of one sample, without an adjoint solve."""
+
+    @abstractmethod
+    def gradients(self, params, chunk: Chunk, tol, adjoint_tol) -> tuple[PullBackPoints, Sample]:
+        """Weighted sums of the hypergradients of some samples at each of their points, and what is told of each."""
+
+    def without_estimate(self) -> Oracle:
+        """The same without the error estimate of the hypergradient, for methods that do not read it."""
+        return self
+
+    @property
+    def chunk_size(self) -> int | None:
+        # in lockstep every sample takes the steps of the slowest: a gain only where one sample leaves the device idle
+        if self.chunk == "auto":
+            return 1 if jax.default_backend() == "cpu" else None
+        return self.chunk
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a Newton correction is computed, to be returned or as an error estimate."""
+        return False
+
+    def missing(self, certified: bool) -> str | None:
+        """What has to be passed (where) for values to come with estimated, or with proven errors; None if nothing."""
+        return None
+
+    def unknown_error(self, dtype):
+        """The error reported where none is estimated."""
+        return jnp.asarray(jnp.inf, dtype)
+
+    def check(self, params) -> None:
+        """Refuse params that the problem refuses, while their values are concrete."""
+
+    def init(self, params, batch):
+        """Cold warm start of every sample: fixed structure and shapes, so passing it never recompiles."""
+        # before jit, whose own message would not say what to do
+        _validate_params(params)
+        validate_arrays(batch, "batch")
+        return _init(self, params, batch)
+
+    def value(self, params, batch, warm=None, *, tol=1e-6, sample_weight=None) -> Value:
+        """Mean upper-level value, without any adjoint solve (for line searches).
+
+        Args: as for `__call__`. The adjoint in ``warm``, where there is one, sharpens value and error for free.
+        """
+        params, batch = refuse_derivatives((params, batch), "of an oracle", "call the oracle and read `.grad`")
+        warm, tol = self._canonical(params, batch, warm, sample_weight, tol=tol)
+        return _value(self, params, batch, warm, tol, sample_weight)
+
+    def __call__(self, params, batch, warm=None, *, tol=1e-6, adjoint_tol=None, sample_weight=None) -> Hypergradient:
+        """Mean value and hypergradient over the batch.
+
+        Args:
+          params: pytree of arrays. batch: pytree with a leading sample axis where in_axes says so.
+          warm: from ``init`` or a previous result (x and adjoint of each sample); cold when None.
+          tol: bound asked for ``||x - x_hat||_2`` per sample (``||grad||`` without strong convexity).
+          adjoint_tol: residual asked of the adjoint system per sample; tol when None. Both are traced.
+          sample_weight: (n,) nonnegative weights of the mean; uniform when None.
+
+        Raises:
+          ValueError: negative tolerance or weight, or leaves of the batch with different numbers of samples.
+          TypeError: a leaf of params or batch is not an array, or warm is not a `Warm`.
+        """
+        adjoint_tol = tol if adjoint_tol is None else adjoint_tol
+        params, batch = refuse_derivatives((params, batch), "of an oracle", "read `.grad`, or use jb.implicit.argmin")
+        warm, *tols = self._canonical(params, batch, warm, sample_weight, tol=tol, adjoint_tol=adjoint_tol)
+        return _hypergradient(self, params, batch, warm, *tols, sample_weight)
+
+    def _canonical(self, params, batch, warm, sample_weight, **tolerances):
+        """(warm, *tolerances) in one form whatever the caller gave, so that only one program is ever compiled.
+
+        What needs concrete values is checked here, before anything is traced.
+        """
+        _validate_params(params)
+        self.check(params)
+        validate_arrays(batch, "batch")
+        warm = self.init(params, batch) if warm is None else warm
+        if not isinstance(warm, Warm):
+            raise TypeError(f"`warm` must come from init or from a previous result, got {type(warm).__name__}.")
+        if sample_weight is not None and not isinstance(sample_weight, jax.core.Tracer):
+            if not np.all(np.asarray(sample_weight) >= 0):
+                raise ValueError("`sample_weight` must hold nonnegative numbers.")
+        return warm, *(require_tolerance(tol, name, warm.x, stacklevel=4) for name, tol in tolerances.items())
+
+
+def require_view(problem, view_type: type, name: str, wanted: str, instead: str) -> None:
+    """TypeError unless ``problem`` is one whose view is of this kind, as that of a ``wanted`` is."""
+    if not isinstance(problem, Problem) or not issubclass(problem.view_type, view_type):
+        kind = type(problem).__name__
+        raise TypeError(f"{name} needs a {wanted}, got {kind}; {instead}.")
+
+
+class Chunk(NamedTuple):
+    """Samples that are solved together."""
+
+    split: Split
+    mapped: list
+    start: Warm
+    weight: Any
+    may_leave: bool  # whether some may have to leave the mean
+
+    def kept(self, oracle: Oracle, samples: Sample):
+        """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
+        kept = self.weight != 0
+        return kept & usable(samples) if oracle.on_failure == "drop" else kept
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(oracle, params, batch):
+    split = split_batch(batch, oracle.in_axes.tree())
+    with _products(oracle):
+        return jax.vmap(lambda mapped: oracle.start(params, split.data(mapped)))(split.mapped)
+
+
+def _products(oracle):
+    return jax.default_matmul_precision(oracle.matmul_precision or jax.config.jax_default_matmul_precision)
+
+
+def _validate_params(params) -> None:
+    validate_arrays(params, "params")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not trees.is_inexact(leaf):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, which has no gradient; move it "
+                "into the data or use jb.partition."
+            )
+
+
+def _prepare(oracle, params, batch, warm, sample_weight):
+    _validate_params(params)
+    split = split_batch(batch, oracle.in_axes.tree())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(warm):
+        if jnp.shape(leaf)[:1] != (split.count,):
+            raise ValueError(
+                f"warm{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but the batch has {split.count} "
+                "samples; a warm start belongs to the samples it came from."
+            )
+    dtype = jnp.result_type(trees.dtype(params), jnp.float32)
+    if sample_weight is None:
+        return split, jnp.full((split.count,), 1.0 / split.count, dtype)
+    weight = jnp.asarray(sample_weight, dtype)
+    if weight.shape != (split.count,):
+        raise ValueError(f"`sample_weight` must have shape ({split.count},), got {weight.shape}.")
+    # weights that say nothing (traced and negative, or all zero) make every mean NaN
+    weight = jnp.where(weight >= 0, weight, jnp.nan)
+    return split, weight / jnp.sum(weight)
+
+
+def named(oracle: Oracle, sample: Sample) -> Sample:
+    """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
+    sample = sample.filled(oracle.exact)
+    status = jnp.maximum(sample.lower.status, jnp.where(jnp.isfinite(sample.value), 0, Status.NONFINITE)).astype(
+        jnp.int32
+    )
+    return sample._replace(lower=sample.lower._replace(status=status))
+
+
+def usable(sample: Sample):
+    """Whether a sample's numbers mean anything: not so after NaN, or with an indefinite Hessian in the adjoint."""
+    return jnp.maximum(sample.lower.status, sample.adjoint.status) < Status.INDEFINITE
+
+
+@partial(jax.jit, static_argnums=0)
+def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
+    split, weight = _prepare(oracle, params, batch, warm, sample_weight)
+
+    def evaluate(carry, chunk):
+        (mapped, start), _ = chunk
+        with _products(oracle):
+            samples = over_samples(lambda m, w: oracle.sample_value(params, split.data(m), w, tol))(mapped, start)
+        return carry, named(oracle, samples)
+
+    _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
+    samples, weight = _account(oracle, samples, weight)
+    value, error, bound = _mean_value(oracle, samples, weight)
+    return Value(value, error, bound, samples.value, samples.lower, samples.warm)
+
+
+def _account(oracle, samples: Sample, weight):
+    """Samples and weights of the mean: unusable samples are NaN, or (on_failure="drop") leave it."""
+    good = usable(samples)
+    samples = samples._replace(value=jnp.where(good, samples.value, jnp.nan))
+    if oracle.on_failure == "nan":
+        return samples, weight
+    weight = jnp.where(good, weight, 0.0)
+    return samples, weight / jnp.sum(weight)
+
+
+def _mean(values, weight):
+    """Weighted mean without the samples of weight 0, NaN where no sample is left (their weights are 0/0)."""
+    mean = jnp.sum(jnp.where(weight > 0, weight * values, 0.0))
+    return jnp.where(jnp.isnan(jnp.sum(weight)), jnp.nan, mean)
+
+
+def _infinite_unless(finite, error):
+    """Nothing is known about the error of a mean that is NaN."""
+    return jnp.where(finite & ~jnp.isnan(error), error, jnp.inf)
+
+
+def _mean_value(oracle, samples: Sample, weight):
+    value, shift = _mean(samples.value, weight), _mean(samples.shift, weight)
+    estimate, bound = _mean(samples.estimate, weight), _mean(samples.bound, weight)
+    finite = jnp.isfinite(value)
+    estimate, bound = _infinite_unless(finite, estimate), _infinite_unless(finite, bound)
+    if oracle.correct:
+        return value - shift, estimate, bound
+    return value, _infinite_unless(finite, jnp.abs(shift) + estimate), bound
+
+
+@partial(jax.jit, static_argnums=0)
+def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Hypergradient:
+    split, weight = _prepare(oracle, params, batch, warm, sample_weight)
+
+    def evaluate(total, chunk):
+        (mapped, start), chunk_weight = chunk
+        may_leave = sample_weight is not None or oracle.on_failure == "drop"
+        with _products(oracle):
+            some = Chunk(split, mapped, start, weight=chunk_weight, may_leave=may_leave)
+            gradients, samples = oracle.gradients(params, some, tol, adjoint_tol)
+        return jax.tree.map(jnp.add, total, gradients), samples
+
+    zero = trees.zeros_like(params)
+    total = PullBackPoints(zero, zero if oracle.correct else None, zero if oracle.corrects else None)
+    total, samples = in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
+    kept = jnp.sum(jnp.where(usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
+    total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
+    samples, weight = _account(oracle, samples, weight)
+    value, value_error, value_bound = _mean_value(oracle, samples, weight)
+    grad = total.corrected if oracle.correct else total.plain
+    grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
+    finite = jnp.isfinite(value) & trees.all_finite(grad)
+    samples = _blamed(samples, finite | ~jnp.isfinite(value))
+    error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
+    bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
+    values = samples.value - samples.shift if oracle.correct else samples.value
+    return Hypergradient(
+        value, values, value_error, value_bound, grad, error, jnp.isfinite(bound), bound,
+        samples.warm, samples.lower, samples.adjoint,
+    )  # fmt: skip
+
+
+def _blamed(samples: Sample, fine) -> Sample:
+    """A gradient that is not finite though every value is: nobody knows of which sample, so no adjoint is fine."""
+    status = jnp.where(fine, samples.adjoint.status, Status.NONFINITE).astype(jnp.int32)
+    return samples._replace(adjoint=samples.adjoint._replace(status=status))
+
+
+def _gradient_error(oracle, total: PullBackPoints, samples: Sample, weight):
+    if oracle.correct:
+        moved_first = trees.norm(trees.sub(total.halfway, total.plain))
+        moved_last = trees.norm(trees.sub(total.corrected, total.halfway))
+        return remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.residual_ratio, 0.0)))
+    if oracle.corrects:
+        # a Newton step that met negative curvature tells nothing
+        known = jnp.all(jnp.isfinite(samples.residual_ratio) | (weight == 0))
+        return jnp.where(known, trees.norm(trees.sub(total.corrected, total.plain)), jnp.inf)
+    return oracle.unknown_error(weight.dtype)

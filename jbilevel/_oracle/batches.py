@@ -1,0 +1,107 @@
+"""How a batch is taken apart: sample axes, shared leaves, chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbilevel._core.validate import validate_arrays
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A pytree of sample axes as a hashable value, so that oracles can be static arguments of jit."""
+
+    leaves: tuple
+    treedef: Any
+
+    @classmethod
+    def of(cls, in_axes):
+        if isinstance(in_axes, Axes):
+            return in_axes
+        leaves, treedef = jax.tree.flatten(in_axes, is_leaf=lambda a: a is None)
+        if not all(leaf is None or isinstance(leaf, int) for leaf in leaves):
+            raise TypeError(f"`in_axes` must hold integers and None, as for jax.vmap, got {in_axes}.")
+        return cls(tuple(leaves), treedef)
+
+    def tree(self):
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+class Split(NamedTuple):
+    """A batch as (mapped leaves with the sample axis in front, shared leaves) and the way back."""
+
+    mapped: list
+    shared: list
+    is_mapped: tuple
+    treedef: Any
+    count: int
+
+    def data(self, mapped):
+        pools = {True: iter(mapped), False: iter(self.shared)}
+        return jax.tree.unflatten(self.treedef, [next(pools[flag]) for flag in self.is_mapped])
+
+
+def split(batch, in_axes) -> Split:
+    validate_arrays(batch, "batch")
+    leaves, treedef = jax.tree.flatten(batch)
+    axes = []
+    try:
+        # None is a leaf of in_axes (a shared part) but not of the batch (an absent one)
+        jax.tree.map(
+            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))), in_axes, batch,
+            is_leaf=lambda a: a is None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"`in_axes` {in_axes} is not a prefix of the batch's structure {treedef}.") from error
+    mapped, shared, counts = [], [], []
+    for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(batch), axes, strict=True):
+        if axis is None:
+            shared.append(leaf)
+            continue
+        name = f"batch{jax.tree_util.keystr(path)}"
+        if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+            raise ValueError(f"{name} has shape {jnp.shape(leaf)} and no sample axis {axis}; set in_axes=None for it.")
+        mapped.append(jnp.moveaxis(jnp.asarray(leaf), axis, 0))
+        counts.append((name, mapped[-1].shape[0]))
+    if not counts:
+        raise ValueError("no leaf of the batch has a sample axis; give at least one an integer in `in_axes`.")
+    if len({count for _, count in counts}) > 1:
+        raise ValueError(f"leaves of the batch disagree on the number of samples: {dict(counts)}.")
+    if counts[0][1] == 0:
+        raise ValueError("the batch holds no samples.")
+    return Split(mapped, shared, tuple(axis is not None for axis in axes), treedef, counts[0][1])
+
+
+def in_chunks(evaluate, size, carry, inputs, weight):
+    """``carry, outs = evaluate(carry, inputs, weight)`` over chunks of ``size`` samples, scanned.
+
+    The last chunk is padded with copies of the last sample, of weight 0.
+    """
+    count = weight.shape[0]
+    if size is None or size >= count:
+        return evaluate(carry, (inputs, weight))
+    pad = -count % size
+
+    def fold(leaf):
+        leaf = jnp.concatenate([leaf, jnp.repeat(leaf[-1:], pad, axis=0)]) if pad else leaf
+        return leaf.reshape((count + pad) // size, size, *leaf.shape[1:])
+
+    weights = jnp.concatenate([weight, jnp.zeros((pad,), weight.dtype)]).reshape(-1, size)
+    carry, outs = jax.lax.scan(evaluate, carry, (jax.tree.map(fold, inputs), weights))
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], outs)
+
+
+def over_samples(function):
+    """vmap, but a single sample runs as itself: a batched loop copies its state at each step to freeze samples."""
+
+    def run(*arguments):
+        if jax.tree.leaves(arguments)[0].shape[0] > 1:
+            return jax.vmap(function)(*arguments)
+        single = jax.tree.map(lambda leaf: leaf[0], arguments)
+        return jax.tree.map(lambda leaf: leaf[None], function(*single))
+
+    return run

@@ -1,0 +1,140 @@
+"""Proven bounds and estimates: how far values and hypergradients at inexact solutions are from exact.
+
+A smooth lower level has one block of unknowns x, a saddle point two, x and y. With the norms of an inexact solution
+and its adjoint, block by block, the same sums hold for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbilevel._core.constants import Constants
+
+
+class Norms(NamedTuple):
+    """2-norms of the blocks of an inexact solution, its adjoint, the adjoint's residual, and proven distances."""
+
+    point: tuple  # of a saddle point only
+    adjoint: tuple
+    residual: tuple
+    error: tuple
+
+
+class Blocks(NamedTuple):
+    """What is known of the blocks of a lower level: see `gradient_bound`."""
+
+    constants: Sequence[Constants]
+    distances: Callable | None  # proven distances of the adjoint from its residuals; None where nothing is proven
+    linear_mixed: Any = 0.0  # of `SaddleConstants`
+    seen: Sequence[bool] = (True,)  # whether the loss reads the block
+
+
+def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
+    """Proven bound on ||z - exact hypergradient|| (in exact arithmetic), inf where a constant is missing.
+
+    z is the hypergradient at an inexact solution x and adjoint q. With eps >= ||x - x_hat|| the exact adjoint system
+    holds for q up to R = residual + (L_H ||q|| + L_g) eps, so that q is within e(R) of exact, e the bound by which
+    residuals prove distances (R/mu for a smooth energy). Hence ||z - z_hat|| <= L_J eps (||q|| + e) + ||J|| e, the
+    order of MAID's omega (Salehi et al. 2024, Theorem 2.1) with the computed ||q|| in place of ||grad l||/mu.
+
+    For a saddle point the blocks add up, and parameters of the linear operator K with
+    |<(d K)[e] x, y>| <= J ||e|| ||x|| ||y|| contribute J (|y| E_x + (|X| + E_x) eps_y + |x| E_y + (|Y| + E_y) eps_x):
+    (13), (14) and (16) of Bogensperger et al. 2024 without inverse Hessians, hence with smaller constants, and for
+    parameters in the proxes too.
+    """
+    needed = [loss_smoothness, blocks.linear_mixed]
+    for c in blocks.constants:
+        needed += [c.hessian_lipschitz, c.mixed_lipschitz, c.mixed_norm]
+    first = norms.error[0]
+    if blocks.distances is None or any(c is None for c in needed):
+        return jnp.full_like(first, jnp.inf)
+    rise = loss_smoothness * reduce(jnp.hypot, (e for e, seen in zip(norms.error, blocks.seen, strict=True) if seen))
+    rows = list(zip(blocks.constants, norms.adjoint, norms.error, strict=True))
+    drifts = [
+        residual + (rise if seen else 0.0) + c.hessian_lipschitz * q * error
+        for (c, q, error), residual, seen in zip(rows, norms.residual, blocks.seen, strict=True)
+    ]
+    off = blocks.distances(*drifts)
+    bound = 0.0
+    for (c, q, error), e in zip(rows, off, strict=True):
+        bound += c.mixed_norm * e + c.mixed_lipschitz * error * (q + e)
+    if len(off) == 2:
+        for i, j in ((0, 1), (1, 0)):
+            bound += blocks.linear_mixed * (norms.point[j] * off[i] + (norms.adjoint[i] + off[i]) * norms.error[j])
+    return jnp.where(jnp.isfinite(first), bound, jnp.inf).astype(first.dtype)
+
+
+class ValueErrors(NamedTuple):
+    """How far the upper-level value at inexact x is from exact, before and after its first-order correction."""
+
+    estimate: Any  # of |value - shift - exact|
+    bound: Any  # proven bound on |value - exact|, inf where a constant is missing
+    bound_corrected: Any  # proven bound on |value - shift - exact|
+
+
+def value_errors(blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift, norms: Norms, likely) -> ValueErrors:
+    """loss(x_hat) = loss(x) - shift + rest, |rest| <= sum over blocks of residual eps + (L_g + L_H ||q||) eps^2/2.
+
+    Holds for any q, with residual that of q in the adjoint system and shift = <q, grad energy(x)>. Taylor: loss(x_hat)
+    - loss(x) = <grad loss, D> + O(L_g |D|^2/2), D = x_hat - x, |D| <= eps; grad loss = H q + r with ||r|| = residual,
+    and H D = -grad energy + O(L_H |D|^2/2). With q = 0 this is MAID's interval |grad loss| eps + L_g eps^2/2 (Salehi et
+    al. 2024, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``likely`` for eps,
+    leaves L_H out, and takes L_g = 1 where it is not given. loss_gradient: norms of its blocks.
+    """
+
+    def rest(smoothness, first, curved, errors):
+        """sum of first eps + (smoothness + curved) eps^2/2, where 0 * inf is 0."""
+        linear = reduce(add, (_times(a, e) for a, e in zip(first, errors, strict=True)))
+        rows = zip(blocks.seen, curved, errors, strict=True)
+        return linear + 0.5 * reduce(add, (_times((smoothness if seen else 0.0) + b, e**2) for seen, b, e in rows))
+
+    none = (0.0,) * len(blocks.seen)
+    estimate = rest(1.0 if loss_smoothness is None else loss_smoothness, norms.residual, none, likely)
+    direct = weighted = jnp.full_like(shift, jnp.inf)
+    if loss_smoothness is not None:
+        read = [a if seen else 0.0 * a for a, seen in zip(loss_gradient, blocks.seen, strict=True)]
+        direct = rest(loss_smoothness, read, none, norms.error)
+        lipschitz = [c.hessian_lipschitz for c in blocks.constants]
+        if None not in lipschitz:
+            curved = [b * q for b, q in zip(lipschitz, norms.adjoint, strict=True)]
+            weighted = rest(loss_smoothness, norms.residual, curved, norms.error)
+    away = jnp.abs(shift)
+    return ValueErrors(estimate, jnp.minimum(direct, away + weighted), jnp.minimum(weighted, away + direct))
+
+
+def _times(size, error):
+    if isinstance(size, (int, float)):
+        return size * error if size else 0.0
+    size = jnp.asarray(size, error.dtype)
+    return jnp.where(size == 0, 0.0, size * error)
+
+
+def depends_on(function, first, *others) -> bool:
+    """Whether ``function(first, *others)`` uses any inexact leaf of its first argument (reading one counts)."""
+    jaxpr = jax.make_jaxpr(function)(first, *others).jaxpr
+    inputs = {id(v) for v in jaxpr.invars[: len(jax.tree.leaves(first))]}
+    used = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
+    return any(id(v) in inputs for v in used)
+
+
+def remaining(moved_first, moved_last, residual_ratio):
+    """Estimate of the error of z after a Newton correction, from how far its two halves moved z.
+
+    When each half of the steps contracts the error alike, a half that moved z by ``moved_last`` after one that moved it
+    by ``moved_first`` leaves about moved_last^2/(moved_first - moved_last). Where both halves converged it is the share
+    of the residuals that is left that tells: it also holds what the linearisation missed.
+    """
+    ratio = moved_last / jnp.where(moved_first > 0, moved_first, 1.0)
+    ratio = jnp.where(moved_first > 0, jnp.minimum(ratio, 0.5), 0.5)
+    return jnp.maximum(moved_last * ratio / (1 - ratio), residual_ratio * (moved_first + moved_last))
+
+
+def ratio(after, before):
+    """after/before, 0 where both are."""
+    return jnp.where(before > 0, after / jnp.where(before > 0, before, 1.0), 0.0)

@@ -1,0 +1,145 @@
+"""Smooth lower levels: the adjoint is a linear solve with the Hessian, and so is the Newton correction.
+
+For z(x, q) = d_params loss - d_params <grad_x energy, q>, the error of z at an inexact pair (x, q) is of first order
+in both residuals. One Newton step on the pair removes that order, so the change of z estimates the error, and the
+changed z is a better hypergradient. No third derivative is formed: the adjoint system is linearised again at the new x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from jbilevel._core import trees
+from jbilevel._core.results import SolveInfo, Status, Work
+from jbilevel._oracle.bounds import Blocks, Norms, ratio
+from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
+from jbilevel.solvers.cg import iterate as conjugate_gradients
+from jbilevel.solvers.linear import LinearSolver
+from jbilevel.solvers.mixed import curvature, refine
+
+# CG in the Newton step stops early once it removed all but this share of the residual.
+ENOUGH = 1e-3
+# CG steps towards the Newton step whose length estimates ||x - x_hat|| where mu is unknown
+DISTANCE_STEPS = 5
+
+
+@dataclass(frozen=True)
+class SmoothSystem(System):
+    """grad_x energy = 0, with its Hessian product, at x."""
+
+    view: Any  # a `SmoothView`, or what behaves like one
+    x: Any
+    energy: Any
+    gradient: Any
+    product: Callable
+    residual: Any
+    linear_solver: LinearSolver
+    max_products: int
+
+    def adjoint(self, loss_gradient, start, tol) -> Adjoint:
+        """H q = grad loss."""
+        steps, spent, limit = 0, 0, self.max_products
+        if self.linear_solver.refinable and self.view.single(self.x) is not None:
+            refined = refine(self.view, self.x, self.product, loss_gradient, start, tol, limit)
+            start, steps, spent = refined.q, refined.products, refined.products
+        q, info = self.linear_solver.solve(self.product, loss_gradient, start, tol=tol, max_steps=limit)
+        info = info._replace(steps=info.steps + steps, evaluations=info.evaluations.plus(products=spent))
+        return Adjoint(q, info.residual, info)
+
+    def guess(self, loss_gradient, q) -> Adjoint:
+        residual = trees.norm(trees.sub(self.product(q), loss_gradient))
+        return Adjoint(q, residual, unsolved(residual, products=1))
+
+    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
+        """H d = -grad at x, then H' q' = grad loss at x' = x + d, from q: conjugate gradients on both."""
+        view, half = self.view, steps // 2
+        hessian = curvature(view, self.x, self.product)
+        downhill = trees.neg(self.gradient)
+        first = hessian.start(downhill, half, ENOUGH)
+        move = hessian.resume(first, steps, ENOUGH)
+        candidate = trees.add(self.x, hessian.lift(move, downhill))
+        # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
+        energy, gradient = view.value_and_gradient(candidate)
+        room = 10 * trees.eps(candidate) * jnp.abs(self.energy)
+        better = (trees.norm(gradient) <= self.residual) | (energy <= self.energy - room)
+        x = trees.where(better, candidate, self.x)
+        x_halfway = trees.where(better, trees.add(self.x, hessian.lift(first, downhill)), self.x)
+        _, gradient, product = view.linearize(x)
+        hessian = curvature(view, x, product)
+        missing = trees.sub(loss_gradient_at(x), product(adjoint.q))
+        first = hessian.start(missing, half, ENOUGH)
+        solve = hessian.resume(first, steps, ENOUGH)
+        q, q_halfway = (trees.add(adjoint.q, hessian.lift(state, missing)) for state in (solve, first))
+        work = Work.zero().plus(gradients=2, products=move.steps + solve.steps + 1)
+        before = trees.norm(missing)
+        after = before * jnp.sqrt(solve.squared).astype(before.dtype)
+        energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
+        left = jnp.maximum(ratio(residual, self.residual), ratio(after, before))
+        indefinite = (move.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
+        system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
+        improved = adjoint._replace(q=q, residual=after)
+        left = jnp.where(indefinite, jnp.inf, left)
+        return Correction(system, improved, (x_halfway, q_halfway), system.point(improved), left, work)
+
+    def point(self, adjoint: Adjoint) -> tuple:
+        return self.x, adjoint.q
+
+    def distance(self, proven, corrected: bool):
+        """As proven where mu is known, else twice the length of a few CG steps on H d = gradient.
+
+        Lengths grow towards ||d|| with the steps (Steihaug 1983). It is ``proven``, or inf, where the Hessian is
+        indefinite along the way. After a Newton step the proven one is far too large: then the smaller of the two.
+        """
+        if self.view.constants.strong_convexity is not None and not corrected:
+            return (proven,), 0
+        enough = ENOUGH * trees.norm(self.gradient)
+        start = trees.zeros_like(self.gradient)
+        newton = conjugate_gradients(self.product, self.gradient, start, enough, DISTANCE_STEPS, zero_start=True)
+        estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, 2 * trees.norm(newton.x))
+        return (jnp.minimum(estimate, proven),), newton.steps
+
+    def norms(self, adjoint: Adjoint, error) -> Norms:
+        return Norms((), (trees.norm(adjoint.q),), (adjoint.residual,), (error,))
+
+    def shift(self, adjoint: Adjoint):
+        return trees.dot(adjoint.q, self.gradient)
+
+    def blocks(self, loss, params, data) -> Blocks:
+        mu = self.view.constants.strong_convexity
+        return Blocks((self.view.constants,), None if mu is None else lambda drift: (drift / mu,))
+
+    def kept(self):
+        return ()
+
+
+def unsolved(residual, products) -> SolveInfo:
+    """Of an adjoint that was taken as it is."""
+    status = jnp.zeros((), jnp.int32)
+    return SolveInfo(status, status, residual, jnp.full_like(residual, jnp.inf), Work.zero().plus(products=products))
+
+
+@dataclass(frozen=True)
+class SmoothLower(Lower):
+    """A smooth energy."""
+
+    linear_solver: LinearSolver
+    max_products: int
+
+    def solve(self, view, x0, tol):
+        solution = self.run(view, x0, tol)
+        info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
+        return self._at(view, solution.x, info.residual), info
+
+    def restore(self, view, x, kept) -> SmoothSystem:
+        return self._at(view, x, None)
+
+    def _at(self, view, x, residual) -> SmoothSystem:
+        return SmoothSystem(view, x, *view.linearize(x), residual, self.linear_solver, self.max_products)
+
+    def pairing(self, view, x, rest):
+        """<grad_x energy, q>."""
+        return view.directional(x, rest)

@@ -1,0 +1,113 @@
+"""Solutions of lower levels as differentiable functions of params and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbilevel._core import trees
+from jbilevel._core.results import guard
+from jbilevel._oracle.systems import Lower
+from jbilevel.solvers import require_tolerance
+from jbilevel.solvers.loop import full_float32, start_jitted
+
+LOWER, ADJOINT = "the lower-level solve", "the adjoint solve"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Static part of a differentiable solution."""
+
+    lower: Lower
+    on_failure: str
+
+    def __post_init__(self):
+        if self.on_failure not in ("raise", "nan", "ignore"):
+            raise ValueError(f"`on_failure` must be 'raise', 'nan' or 'ignore', got {self.on_failure!r}.")
+
+    def view(self, params, data):
+        return self.lower.problem.view(params, data)
+
+
+def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
+    """``solve(spec, params, data, x0, tol, adjoint_tol) -> (x, info)`` behind the checks and the cold start."""
+    problem = spec.lower.problem
+
+    def solution(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+        problem.check(params)
+        problem.validate(params, data, x0)
+        start = start_jitted(problem, params, data)
+        x0 = start if x0 is None else trees.cast_like(x0, start)
+        adjoint_tol = tol if adjoint_tol is None else adjoint_tol
+        tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
+        x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        return (x, jax.lax.stop_gradient(info)) if with_info else x
+
+    return solution
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def _solve(spec: Spec, params, data, x0, tol):
+    system, info = spec.lower.solve(spec.view(params, data), x0, tol)
+    return system.x, system.kept(), info
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def once(spec: Spec, params, data, x0, tol, adjoint_tol):
+    """(x, info), differentiable once, in reverse mode, by the adjoint of the lower level's system."""
+    return _forward(spec, params, data, x0, tol, adjoint_tol)[0]
+
+
+def _forward(spec: Spec, params, data, x0, tol, adjoint_tol):
+    x, kept, info = _solve(spec, params, data, x0, tol)
+    x = guard(x, info, spec.on_failure, LOWER)
+    return (x, info), (params, data, x, kept, adjoint_tol)
+
+
+def _backward(spec: Spec, residuals, cotangents):
+    params, data, *rest = residuals
+    gradients, info = _pull_back(spec, params, data, *rest, cotangents[0])
+    gradients = guard(gradients, info, spec.on_failure, ADJOINT)
+    return *as_cotangents(gradients, params, data), None, None, None
+
+
+@partial(jax.jit, static_argnums=0)
+@full_float32
+def _pull_back(spec: Spec, params, data, x, kept, adjoint_tol, cotangent):
+    """Gradient of <cotangent, x> in each leaf of (params, data), None for integer leaves."""
+    system = spec.lower.restore(spec.view(params, data), x, kept)
+    adjoint = system.adjoint(cotangent, trees.zeros_like(x), adjoint_tol)
+    point = system.at_adjoint(adjoint).point(adjoint)
+    return leaf_gradients(lambda *at: -spec.lower.pairing(spec.view(*at), *point), params, data), adjoint.info
+
+
+once.defvjp(_forward, _backward)
+
+
+def leaf_gradients(function: Callable, params, data) -> list:
+    """Gradient of ``function(params, data)`` in each leaf of both, None for integer leaves."""
+    leaves, treedef = jax.tree.flatten((params, data))
+
+    def of(inexact):
+        mixed = [leaf if i is None else i for i, leaf in zip(inexact, leaves, strict=True)]
+        return function(*jax.tree.unflatten(treedef, mixed))
+
+    return jax.grad(of)([leaf if trees.is_inexact(leaf) else None for leaf in leaves])
+
+
+def constant(leaf):
+    """The tangent of what is not differentiated."""
+    return jnp.zeros_like(leaf) if trees.is_inexact(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+
+def as_cotangents(gradients: list, params, data):
+    """(params, data) with what `leaf_gradients` returned, and JAX's empty cotangents for integer leaves."""
+    leaves, treedef = jax.tree.flatten((params, data))
+    filled = [constant(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, filled)

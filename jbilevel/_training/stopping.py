@@ -1,0 +1,41 @@
+"""When a run ends: rules that are looked at before each step, and what they say."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from jbilevel._core.results import Status
+from jbilevel._training.log import History
+from jbilevel._training.stepping import Run
+
+
+class Rules(NamedTuple):
+    """The limits of a run; those of value and gradient norm are compared with the last step's report."""
+
+    value_below: float
+    grad_norm_below: float
+    work_budget: float
+
+    def met(self, run: Run, history: History) -> str | None:
+        """The sentence of the first rule that is met, None where none is."""
+        value, slope = (history.last(name, math.inf) for name in ("value", "grad_norm"))
+        rules = (
+            (run.done, "The method cannot improve any further"),
+            (value < self.value_below, f"The value {value:.6g} is below {self.value_below:.6g}"),
+            (
+                slope < self.grad_norm_below,
+                f"The gradient norm {slope:.6g} is below {self.grad_norm_below:.6g}",
+            ),
+            (run.work >= self.work_budget, f"The work budget of {self.work_budget:.6g} gradient-equivalents is spent"),
+        )
+        reason = next((reason for met, reason in rules if met), None)
+        return reason and f"{reason} after {run.steps} steps (work {run.work:.6g})."
+
+
+def failure(step: int, info) -> str:
+    """What was not finite after a step, and its worst solve."""
+    value, code = float(info.value), int(info.status)
+    what = "new parameters that are not finite" if math.isfinite(value) else f"the value {value}"
+    cause = f" Worst solve, {Status(code).name}: {Status(code).message}" if code in list(Status) else ""
+    return f"Step {step} gave {what}; the state is the one before it.{cause}"

@@ -1,0 +1,76 @@
+"""A smooth energy at fixed parameters and data, as solvers and oracles see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jbilevel._core import trees
+from jbilevel._core.constants import Constants
+from jbilevel._views.base import View
+
+
+@dataclass(frozen=True)
+class SmoothView(View):
+    """A smooth energy at fixed params and data, as solvers use it."""
+
+    value: Callable
+    constants: Constants
+    reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
+
+    def single(self, x):
+        """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""
+        return None if self.reduced is None else self.reduced(x)
+
+    def gradient(self, x):
+        return trees.cast_like(jax.grad(self.value)(x), x)
+
+    def value_and_gradient(self, x):
+        value, gradient = jax.value_and_grad(self.value)(x)
+        return value, trees.cast_like(gradient, x)
+
+    def linearize(self, x):
+        """(value, gradient, Hessian product) at x from one evaluation.
+
+        The product reuses what the evaluation stored; energies that only have reverse mode (a ``custom_vjp``, a
+        callback) fall back to the transposed derivative of the gradient, which is the same map.
+        """
+
+        def gradient_and_value(x):
+            value, gradient = self.value_and_gradient(x)
+            return gradient, value
+
+        try:
+            gradient, product, value = jax.linearize(gradient_and_value, x, has_aux=True)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            gradient, pullback, value = jax.vjp(gradient_and_value, x, has_aux=True)
+            product = lambda v: pullback(v)[0]  # noqa: E731
+        return value, gradient, product
+
+    def directional(self, x, direction):
+        """<gradient(x), direction>, by forward mode where the energy has it."""
+        try:
+            return jax.jvp(self.value, (x,), (direction,))[1]
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            return trees.dot(jax.grad(self.value)(x), direction)
+
+    @property
+    def tolerance_scale(self):
+        """Gradient norm per ||x - x_hat||: mu when it is known and positive, else 1."""
+        mu = self.constants.strong_convexity
+        return 1.0 if mu is None else jnp.where(mu > 0, mu, 1.0)
+
+    def error_bound(self, residual):
+        """||x - x_hat|| <= ||gradient||/mu where mu is known (Bogensperger et al. 2024, Lemma 1), else inf."""
+        mu = self.constants.strong_convexity
+        if mu is None:
+            return jnp.full_like(residual, jnp.inf)
+        known = (mu > 0) & ~jnp.isnan(residual)
+        return jnp.where(known, residual / jnp.where(mu > 0, mu, 1.0), jnp.inf).astype(residual.dtype)

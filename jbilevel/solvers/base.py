@@ -1,0 +1,45 @@
+"""The contract of a lower-level solver."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from jbilevel._core.contracts import Contract
+from jbilevel._core.results import RUNNING
+
+
+class Solver(Contract, abstract="jb.Solver"):
+    """An iteration that lowers a residual; the driver loop (`jbilevel.solvers.loop`) decides when it ends and how.
+
+    A solver is static configuration (a frozen dataclass). Its state, a pytree, has at least the fields of
+    `jbilevel.solvers.loop.Iterate`: ``x``, ``gradient``, ``residual``, ``curvature`` and ``evaluations``.
+
+    Attributes:
+      patience: steps without a better residual or a lower value before a solve counts as stagnated.
+      stride: iterations of its own that one step takes.
+      memoryless: whether the next step depends on x alone, so that most steps may be taken in float32.
+      one_shot: whether `init` does all the work, and then gets the step limit too, ``init(view, x0, target,
+        max_steps)``.
+    """
+
+    patience: ClassVar[int] = 1000
+    stride: int = 1
+    memoryless: ClassVar[bool] = False
+    one_shot: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, view, x0, target) -> Any:
+        """The state before the first step, with the residual at x0. target: the residual that ends the solve."""
+
+    @abstractmethod
+    def step(self, view, state, target) -> Any:
+        """The state after one step more."""
+
+    def value(self, state) -> Any:
+        """What has to fall besides the residual for a step to count as progress: the energy, where it is known."""
+        return state.residual
+
+    def failure(self, state) -> Any:
+        """The `Status` that says why the solver cannot go on, RUNNING while it can."""
+        return RUNNING

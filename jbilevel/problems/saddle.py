@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ class SaddleProblem(Problem):
     prox_primal: Callable
     prox_dual: Callable
     init: Callable
+    _: KW_ONLY
     mu_primal: Number = 0.0
     mu_dual: Number = 0.0
     norm: Number | None = None

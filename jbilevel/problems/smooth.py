@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 import jax
@@ -55,6 +55,7 @@ class SmoothProblem(Problem):
 
     energy: Callable
     init: Callable
+    _: KW_ONLY
     strong_convexity: Constant = None
     smoothness: Constant = None
     hessian_lipschitz: Constant = None

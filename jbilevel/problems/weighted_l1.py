@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class WeightedL1Problem(Problem):
 
     smooth: Callable
     init: Callable
+    _: KW_ONLY
     weights: Callable = jnp.exp
     strong_convexity: Constant = None
     smoothness: Constant = None

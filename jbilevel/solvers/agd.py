@@ -25,7 +25,7 @@ class AGDState(NamedTuple):
     smoothness: Any  # the step is 1/smoothness
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AGD(Solver):
     """Nesterov's accelerated gradient method, x+ = y - grad(y)/L, y+ = x+ + beta (x+ - x).
 

@@ -40,7 +40,7 @@ class _Trial(NamedTuple):
     accepted: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NonmonotoneAPG(Solver):
     """Nonmonotone accelerated gradient method (nmAPG of Li & Lin 2015, supplement, Algorithm 4, without a prox).
 

@@ -57,7 +57,7 @@ class _Forward(NamedTuple):
     failed: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardBackward(Solver):
     """FISTA with restart, x+ = prox_{G/L}(y - grad F(y)/L), and semismooth Newton steps (for `WeightedL1Problem`).
 

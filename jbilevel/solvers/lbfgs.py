@@ -25,7 +25,7 @@ class LBFGSState(NamedTuple):
     memory: Any  # optax's state; its last entry is the line search's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LBFGS(Solver):
     """Limited-memory BFGS (Liu & Nocedal 1989) with optax's zoom line search (Nocedal & Wright 2006, algorithm 3.5).
 

@@ -33,7 +33,7 @@ class NewtonState(NamedTuple):
     previous: Any  # last gradient-step point of those
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NewtonCG(Solver):
     """Line-search Newton-CG (Steihaug 1983; forcing terms of Eisenstat & Walker 1996, choice 2).
 

@@ -40,7 +40,7 @@ class PDHGState(NamedTuple):
     norm: Any  # the bound on ||K|| in use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PDHG(Solver):
     """x+ = prox_{tau g}(x - tau K*y), y+ = prox_{sigma f*}(y + sigma K(x+ + theta (x+ - x))) (Chambolle & Pock 2011).
 

@@ -50,6 +50,8 @@ class Oracle(AdjointOracle):
     solver: PDHG = PDHG()
     max_adjoint_steps: int = 5000
 
+    least_error_steps = 2  # each half of the Newton step needs one
+
     def __post_init__(self):
         super().__post_init__()
         _require(self.problem, self.solver, "jb.piggyback.Oracle", "smooth problems go to jb.implicit")

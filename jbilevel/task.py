@@ -214,6 +214,9 @@ class _Lower(Problem):
     def lacks(self) -> str | None:
         return self.problem.lacks()
 
+    def lacks_smoothness(self) -> bool:
+        return self.problem.lacks_smoothness()
+
 
 @dataclass(frozen=True)
 class _OnRegularizer:

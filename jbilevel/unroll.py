@@ -153,16 +153,13 @@ class OneStep(AdjointOracle):
     def __post_init__(self):
         super().__post_init__()
         require_view(self.problem, SmoothView, "jb.unroll.OneStep", "smooth problem", "see jb.piggyback")
+        if self.step is None and self.problem.lacks_smoothness():
+            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
 
     @property
     def lower(self) -> SmoothLower:
         solver = self.problem.default_solver() if self.solver is None else self.solver
         return _OneStepLower(self.problem, solver, self.max_steps, _GradientStep(self.step), 1)
-
-    def sample(self, params, data, warm, tol, adjoint_tol):
-        if self.step is None and self.problem.view(params, data).constants.smoothness is None:
-            raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
-        return super().sample(params, data, warm, tol, adjoint_tol)
 
 
 def __dir__():

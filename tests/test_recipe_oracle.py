@@ -138,3 +138,15 @@ def test_an_oracle_of_another_kind_of_problem_is_refused_when_it_is_made():
         TypeError, match="`linear_solver` must be one such as jb.solvers.CG.. or jb.solvers.MINRES.., got str"
     ):
         jb.implicit.Oracle(REGRESSION, loss, linear_solver="cg")
+
+
+def test_what_an_oracle_needs_is_said_when_it_is_made():
+    with pytest.raises(ValueError, match="OneStep needs `step`, or a problem with `smoothness`"):
+        jb.unroll.OneStep(REGRESSION, loss)
+    assert jb.unroll.OneStep(REGRESSION, loss, step=0.01).step == 0.01
+    assert jb.implicit.Oracle(REGRESSION, loss, error_steps=1).error_steps == 1
+    with pytest.raises(ValueError, match="`error_steps` must be at least 1, got 0"):
+        jb.implicit.Oracle(REGRESSION, loss, error_steps=0)
+    saddle = jb.variational(None, jb.regularizers.TV())
+    with pytest.raises(ValueError, match="`error_steps` must be at least 2, got 1"):
+        jb.piggyback.Oracle(saddle, loss, error_steps=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     loss_smoothness: float | None = None
     max_steps: int = 5000
 
+    least_error_steps: ClassVar[int] = 1
+
     @property
     @abstractmethod
     def lower(self) -> Lower:
@@ -45,8 +47,8 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     def __post_init__(self):
         super().__post_init__()
         require_function(self.loss, "loss")
-        if self.error_steps < 2:
-            raise ValueError(f"`error_steps` must be at least 2, got {self.error_steps}.")
+        if self.error_steps < self.least_error_steps:
+            raise ValueError(f"`error_steps` must be at least {self.least_error_steps}, got {self.error_steps}.")
         if self.loss_smoothness is not None and not self.loss_smoothness >= 0:
             raise ValueError(f"`loss_smoothness` must be nonnegative, got {self.loss_smoothness}.")
 

@@ -86,3 +86,7 @@ class Problem(Contract, abstract="jb.Problem"):
     def lacks(self) -> str | None:
         """What would have to be passed for solves to bound ``||x - x_hat||``, None where they do."""
         return None
+
+    def lacks_smoothness(self) -> bool:
+        """Whether no bound L on the Hessian is known, so that nothing can take steps of 1/L."""
+        return False

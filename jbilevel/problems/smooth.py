@@ -122,5 +122,8 @@ class SmoothProblem(Problem):
     def oracle(self, loss, **options) -> implicit.Oracle:
         return implicit.Oracle(self, loss, **options)
 
+    def lacks_smoothness(self) -> bool:
+        return self.smoothness is None
+
     def lacks(self) -> str | None:
         return "`strong_convexity` to the problem" if self.strong_convexity is None else None

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import Hypergradient, Status, StepInfo, Value
+from jbilevel._core.results import Hypergradient, Status, StepInfo, Value, acceptable
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["MAID", "MAIDState"]
+
+# largest share of a value that its error may be for a decrease below it to say anything
+CREDIBLE = 1e-3
 
 
 class MAIDState(MethodState):
@@ -161,7 +164,9 @@ class MAID(Method):
         )
 
         def unfinished(s: _Search):
-            return ~s.accepted & (s.rounds <= self.rounds) & jnp.isfinite(s.hg.value) & ~self._at_floor(state, s)
+            slope = self._slope(state, s)
+            searching = ~s.accepted & (s.rounds <= self.rounds) & ~self._at_floor(state, s)
+            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(slope) & (slope > 0)
 
         def refine(s: _Search) -> _Search:
             return self._refine(state, batch, s)
@@ -202,9 +207,19 @@ class MAID(Method):
     def _hopeless(self, state: MAIDState, s: _Search):
         return (s.tries >= self.tries) | ~self._promising(state, s)
 
+    def _slope(self, state: MAIDState, s: _Search):
+        """Squared norm of what of the hypergradient can move params."""
+        return trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
+
+    def _stationary(self, state: MAIDState, s: _Search):
+        error = 2 * self._errors(s.hg)
+        shown = acceptable(s.hg.status) & (error <= CREDIBLE * jnp.abs(s.hg.value))
+        slope = self._slope(state, s)
+        return steps.stationary(s.hg.value, slope, state.step, jnp.where(shown, error, 0.0))
+
     def _promising(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""
-        slope = trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
+        slope = self._slope(state, s)
         decrease = (1 - self.armijo) * s.step * slope
         credible = 2 * decrease > self._errors(s.hg)
         if self.window > 0:
@@ -271,7 +286,9 @@ class MAID(Method):
             done=~accepted,
         )
         step = jnp.where(accepted, s.step, 0.0)
-        return following, self.report(s.hg, s, step=step, work=s.work, status=s.status, done=~accepted)
+        stationary = ~accepted & self._stationary(state, s)
+        report = self.report(s.hg, s, step=step, work=s.work, status=s.status, done=~accepted, stationary=stationary)
+        return following, report
 
 
 def _require(condition: bool, name: str, what: str) -> None:

@@ -240,7 +240,9 @@ class NBA(Method):
         accepted = s.accepted
         flat = s.least <= self.stationarity
         floored = jnp.all(hg.lower.status == Status.PRECISION)
-        done = ~accepted & (flat | floored | (state.sharpened >= 2) | ~jnp.isfinite(hg.value))
+        lost = ~jnp.isfinite(hg.value) | ~jnp.isfinite(trees.norm(hg.grad))
+        done = ~accepted & (flat | floored | (state.sharpened >= 2) | lost)
+        stationary = flat | steps.stationary(hg.value, s.least**2, state.step)
         sharper = jnp.where(accepted | done, 1.0, SHARPER)
         following = NBAState(
             params=trees.where(accepted, s.trial, state.params),
@@ -255,7 +257,7 @@ class NBA(Method):
         )
         step = jnp.where(accepted, s.taken, 0.0)
         info = self.report(hg, state, step=step, work=s.work, status=s.status, done=done, grad_norm=s.least)
-        return following, info
+        return following, info._replace(stationary=done & stationary)
 
 
 def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=1e-8):

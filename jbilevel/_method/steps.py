@@ -12,6 +12,8 @@ from jbilevel._core.validate import arrays
 from jbilevel._oracle.base import Scales
 from jbilevel.solvers import require_tolerance
 
+ROUNDING = 64.0  # of a value, in units of its last digit
+
 
 class Tolerances(NamedTuple):
     tol: Any
@@ -64,6 +66,14 @@ def reduced(projection, params, grad, step):
         return grad
     moved, _ = projected_step(projection, params, grad, step)
     return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
+
+
+def stationary(value, slope, step, error=0.0):
+    """Whether a gradient of squared norm ``slope`` is small: exactly zero, or a step of the length that worked last
+    would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.
+    """
+    noise = ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value) + error
+    return (slope == 0) | ((step > 0) & (step * slope <= noise))
 
 
 def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):

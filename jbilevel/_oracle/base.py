@@ -18,6 +18,7 @@ import numpy as np
 
 from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
@@ -379,6 +380,7 @@ def usable(sample: Sample):
 
 @partial(jax.jit, static_argnums=0)
 def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
+    note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(carry, chunk):
@@ -438,6 +440,7 @@ def _mean_value(oracle, samples: Sample, weight):
 
 @partial(jax.jit, static_argnums=0)
 def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Hypergradient:
+    note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(total, chunk):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 from jbilevel.solvers.base import Solver
 
@@ -160,6 +161,7 @@ def default_tolerance(problem, solver, params, data):
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
+    note_compilation(problem, solver)
     problem.validate(params, data, x0)
     start = problem.start(params, data)
     x0 = trees.cast_like(x0, start)

@@ -207,7 +207,7 @@ class SaddleSystem(System):
         return self._point(adjoint.parts[1])
 
     def _point(self, c) -> tuple:
-        return self.x, ProxPoint(self.p, self.r, cotangents=c, tau=self.tau, sigma=self.sigma)
+        return self.x, ProxPoint(p=self.p, r=self.r, cotangents=c, tau=self.tau, sigma=self.sigma)
 
     def distance(self, proven, corrected: bool):
         """Twice the length of a short Newton step, of x at most as proven."""

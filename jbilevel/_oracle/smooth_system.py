@@ -82,8 +82,14 @@ class SmoothSystem(System):
         indefinite = (move.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
         system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
         improved = adjoint._replace(q=q, residual=after)
-        left = jnp.where(indefinite, jnp.inf, left)
-        return Correction(system, improved, (x_halfway, q_halfway), system.point(improved), left, work)
+        return Correction(
+            system=system,
+            adjoint=improved,
+            halfway=(x_halfway, q_halfway),
+            point=system.point(improved),
+            residual_ratio=jnp.where(indefinite, jnp.inf, left),
+            evaluations=work,
+        )
 
     def point(self, adjoint: Adjoint) -> tuple:
         return self.x, adjoint.q
@@ -118,8 +124,14 @@ class SmoothSystem(System):
 
 def unsolved(residual, products) -> SolveInfo:
     """Of an adjoint that was taken as it is."""
-    status = jnp.zeros((), jnp.int32)
-    return SolveInfo(status, status, residual, jnp.full_like(residual, jnp.inf), Work.zero().plus(products=products))
+    zero = jnp.zeros((), jnp.int32)
+    return SolveInfo(
+        status=zero,
+        steps=zero,
+        residual=residual,
+        error=jnp.full_like(residual, jnp.inf),
+        evaluations=Work.zero().plus(products=products),
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,17 @@ class SmoothLower(Lower):
         return self._at(view, x, None)
 
     def _at(self, view, x, residual) -> SmoothSystem:
-        return SmoothSystem(view, x, *view.linearize(x), residual, self.linear_solver, self.max_products)
+        energy, gradient, product = view.linearize(x)
+        return SmoothSystem(
+            view=view,
+            x=x,
+            energy=energy,
+            gradient=gradient,
+            product=product,
+            residual=residual,
+            linear_solver=self.linear_solver,
+            max_products=self.max_products,
+        )
 
     def pairing(self, view, x, rest):
         """<grad_x energy, q>."""

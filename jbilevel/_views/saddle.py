@@ -89,10 +89,16 @@ class SaddleView(View):
     def flip(self):
         """The same problem as min over y, max over x: <-K*y, x> + f*(y) - g(x)."""
         return replace(
-            self, linear=lambda y: trees.neg(self.transpose(y)), transpose=lambda x: trees.neg(self.linear(x)),
-            prox_primal=self.prox_dual, prox_dual=self.prox_primal, mu_primal=self.mu_dual, mu_dual=self.mu_primal,
-            scaling=self.scaling[::-1], steps=None if self.steps is None else self.steps[::-1],
-        )  # fmt: skip
+            self,
+            linear=lambda y: trees.neg(self.transpose(y)),
+            transpose=lambda x: trees.neg(self.linear(x)),
+            prox_primal=self.prox_dual,
+            prox_dual=self.prox_primal,
+            mu_primal=self.mu_dual,
+            mu_dual=self.mu_primal,
+            scaling=self.scaling[::-1],
+            steps=None if self.steps is None else self.steps[::-1],
+        )
 
 
 def random_like(tree, seed: int):

@@ -169,14 +169,15 @@ class SupportView(View):
         if penalty.axis is None:
             return None
         sizes, u = penalty.sizes(x), penalty.direction(x)
-        stiffness = jax.tree.map(
-            lambda a, s, w: jnp.where(a & (s > 0), w / jnp.where(s > 0, s, 1.0), 0.0), self.active, sizes,
-            penalty.weights,
-        )  # fmt: skip
+
+        def curvature(active, size, weight):
+            return jnp.where(active & (size > 0), weight / jnp.where(size > 0, size, 1.0), 0.0)
+
+        curvatures = jax.tree.map(curvature, self.active, sizes, penalty.weights)
 
         def apply(d):
             across = lambda k, u, d: k * (d - u * jnp.sum(u * d, penalty.axis, keepdims=True))  # noqa: E731
-            return jax.tree.map(across, stiffness, u, d)
+            return jax.tree.map(across, curvatures, u, d)
 
         return apply
 
@@ -205,9 +206,11 @@ class SupportView(View):
         return value, total, self.product(kept, hessian)
 
     def _slopes(self, kept):
-        moving = self.view.penalty.direction(kept)
-        return jax.tree.map(lambda a, u, fixed: jnp.where(a & jnp.any(u != 0, self.view.penalty.axis, keepdims=True),
-                                                          u, fixed), self.active, moving, self.direction)  # fmt: skip
+        def choose(active, moving, fixed):
+            off_zero = jnp.any(moving != 0, self.view.penalty.axis, keepdims=True)
+            return jnp.where(active & off_zero, moving, fixed)
+
+        return jax.tree.map(choose, self.active, self.view.penalty.direction(kept), self.direction)
 
     def linearize(self, z):
         return self.assemble(z, *self.view.smooth.linearize(self.project(z)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import Work
 from jbilevel.solvers.base import Solver
-from jbilevel.solvers.loop import secant
+from jbilevel.solvers.loop import Iterate, secant
 
 
 class AGDState(NamedTuple):
@@ -47,8 +47,13 @@ class AGD(Solver):
         return self.smoothness if self.smoothness is not None else view.constants.smoothness
 
     def init(self, view, x0, target) -> AGDState:
-        first = first_look(view, x0, self.smoothness)
-        return AGDState(*first, x0, jnp.ones_like(first.residual), first.curvature)
+        first = first_iterate(view, x0, self.smoothness)
+        return AGDState(
+            **first._asdict(),
+            previous=x0,
+            t=jnp.ones_like(first.residual),
+            smoothness=first.curvature,
+        )
 
     def step(self, view, state: AGDState, target) -> AGDState:
         known = self._smoothness(view) is not None
@@ -59,9 +64,14 @@ class AGD(Solver):
         if known:
             value, gradient = view.value_and_gradient(moved)
             return state._replace(
-                x=moved, gradient=gradient, residual=trees.norm(gradient), evaluations=work, value=value,
-                previous=point, t=t,
-            )  # fmt: skip
+                x=moved,
+                gradient=gradient,
+                residual=trees.norm(gradient),
+                evaluations=work,
+                value=value,
+                previous=point,
+                t=t,
+            )
         # sufficient decrease of the gradient step, with room for rounding in the difference of two values
         room = 10 * trees.eps(state.x) * jnp.abs(state.value)
         enough = view.value(point) <= state.value - 0.5 * state.residual**2 / state.smoothness + room
@@ -69,7 +79,17 @@ class AGD(Solver):
         value, gradient = view.value_and_gradient(moved)
         work = work.plus(values=1)
         curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, moved, gradient))
-        accepted = AGDState(moved, gradient, trees.norm(gradient), curvature, work, value, point, t, state.smoothness)
+        accepted = AGDState(
+            x=moved,
+            gradient=gradient,
+            residual=trees.norm(gradient),
+            curvature=curvature,
+            evaluations=work,
+            value=value,
+            previous=point,
+            t=t,
+            smoothness=state.smoothness,
+        )
         rejected = state._replace(smoothness=2 * state.smoothness, evaluations=work)
         return trees.where(enough, accepted, rejected)
 
@@ -91,22 +111,13 @@ class AGD(Solver):
         return state.value
 
 
-class Look(NamedTuple):
-    """The fields with which the states of the solvers for smooth energies begin."""
-
-    x: Any
-    gradient: Any
-    residual: Any  # norm of the gradient
-    curvature: Any  # L, or the largest secant along the way
-    evaluations: Work
-    value: Any
-
-
-def first_look(view, x0, smoothness=None) -> Look:
+def first_iterate(view, x0, smoothness=None) -> Iterate:
+    """What the states of the solvers for smooth energies begin with."""
     value, gradient = view.value_and_gradient(x0)
     residual = trees.norm(gradient)
     curvature, more = first_curvature(view, x0, gradient, residual, smoothness)
-    return Look(x0, gradient, residual, curvature, Work.zero().plus(gradients=1 + more), value)
+    work = Work.zero().plus(gradients=1 + more)
+    return Iterate(x=x0, gradient=gradient, residual=residual, curvature=curvature, evaluations=work, value=value)
 
 
 def first_curvature(view, x, gradient, residual, smoothness=None):

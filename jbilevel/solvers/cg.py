@@ -41,7 +41,21 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> CGSt
     zero = jnp.zeros((), jnp.int32)
     none, never = jnp.zeros_like(squared), jnp.full_like(squared, jnp.inf)
     origin = none if zero_start else trees.norm(x0)
-    start = CGState(x0, r, r, squared, squared, none, none, origin, none, zero, never, zero, zero)
+    start = CGState(
+        x=x0,
+        residual=r,
+        direction=r,
+        squared=squared,
+        length=squared,
+        along=none,
+        travelled=none,
+        origin=origin,
+        curvature=none,
+        steps=zero,
+        best=never,
+        since=zero,
+        status=zero,
+    )
     return resume(product, start, tol, max_steps)
 
 
@@ -79,10 +93,19 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
         squared = jnp.where(jnp.isnan(curved), jnp.nan, squared)
         curvature = jnp.maximum(s.curvature, curved / s.length)
-        return judge(s._replace(
-            x=x, residual=r, direction=direction, squared=squared, length=length, along=along, travelled=travelled,
-            curvature=curvature, steps=s.steps + 1, status=status,
-        ))  # fmt: skip
+        following = s._replace(
+            x=x,
+            residual=r,
+            direction=direction,
+            squared=squared,
+            length=length,
+            along=along,
+            travelled=travelled,
+            curvature=curvature,
+            steps=s.steps + 1,
+            status=status,
+        )
+        return judge(following)
 
     start = judge(state._replace(status=jnp.full((), RUNNING, jnp.int32), best=jnp.full_like(state.best, jnp.inf)))
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
@@ -117,6 +140,10 @@ def finish(product, b, x, status, steps, tol, *, products) -> SolveInfo:
     status = jnp.where(drifted, Status.PRECISION, status)
     # where eps cond(H) is about 1 even rounding leaves a residual like that of x = 0: no solution to accept
     status = jnp.where((status == Status.PRECISION) & (residual > 0.1 * trees.norm(b)), Status.STAGNATED, status)
-    status = status.astype(jnp.int32)
-    work = Work.zero().plus(products=products + 1)
-    return SolveInfo(status, steps, residual, jnp.full_like(residual, jnp.inf), work)
+    return SolveInfo(
+        status=status.astype(jnp.int32),
+        steps=steps,
+        residual=residual,
+        error=jnp.full_like(residual, jnp.inf),
+        evaluations=Work.zero().plus(products=products + 1),
+    )

@@ -112,10 +112,26 @@ class ForwardBackward(Solver):
         work = Work.zero().plus(gradients=1 + more, values=forward.values)
         zero, one = jnp.zeros_like(size), jnp.ones_like(size)
         return ForwardBackwardState(
-            forward.x, subgradient, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
-            jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
-            residual, zero,
-        )  # fmt: skip
+            x=forward.x,
+            gradient=subgradient,
+            residual=residual,
+            curvature=zero,
+            evaluations=work,
+            failure=failure,
+            smoothness=forward.smoothness,
+            point=forward.x,
+            previous=x0,
+            slope=gradient,
+            t=one,
+            merit=jnp.full_like(size, jnp.inf),
+            trial=zero,
+            direction=trees.zeros_like(x0),
+            fallback=x0,
+            since=since,
+            wait=jnp.full((), self.wait, jnp.int32),
+            first=residual,
+            strides=zero,
+        )
 
     def step(self, view: WeightedL1View, state: ForwardBackwardState, target) -> ForwardBackwardState:
         y = state.point
@@ -150,24 +166,42 @@ class ForwardBackward(Solver):
         following, t = self._extrapolate(view, state, y, x, smoothness)
         since = jnp.where(ended, 0, state.since + 1)
         wanted = (~newton & (since >= state.wait)) | quick
-        direction, found, products = self._newton(
-            view, y, x, slope, hessian, smoothness, target, wanted & (residual > target), quick
-        )  # fmt: skip
+        wanted = wanted & (residual > target)
+        direction, found, products = self._newton(view, y, x, slope, hessian, smoothness, target, wanted, quick)
         work = state.evaluations.plus(gradients=1, values=forward.values, products=products)
         # at the end of a Newton step momentum starts anew
         following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
         moved = ForwardBackwardState(
-            x, subgradient, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
-            trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
-            jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
-            jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,
-        )  # fmt: skip
+            x=x,
+            gradient=subgradient,
+            residual=residual,
+            curvature=jnp.maximum(state.curvature, steepest),
+            evaluations=work,
+            failure=failure,
+            smoothness=smoothness,
+            point=trees.where(found, view.penalty.stay(trees.add(x, direction), x), following),
+            previous=y,
+            slope=slope,
+            t=t,
+            merit=merit,
+            trial=jnp.where(found, 1.0, 0.0).astype(residual.dtype),
+            direction=direction,
+            fallback=following,
+            since=since,
+            wait=jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32),
+            first=state.first,
+            strides=strides,
+        )
         length = jnp.where(shorter, 0.5 * state.trial, 0.0)
         nearer = view.penalty.stay(trees.add_scaled(state.x, length, state.direction), state.x)
         back = state._replace(
-            point=trees.where(shorter, nearer, state.fallback), trial=length, since=since, evaluations=work,
-            smoothness=smoothness, failure=failure,
-        )  # fmt: skip
+            point=trees.where(shorter, nearer, state.fallback),
+            trial=length,
+            since=since,
+            evaluations=work,
+            smoothness=smoothness,
+            failure=failure,
+        )
         return trees.where(refused, back, moved)
 
     def _forward(self, view: WeightedL1View, y, slope, smoothness, value, hessian) -> _Forward:
@@ -230,9 +264,8 @@ class ForwardBackward(Solver):
             share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
             share = jnp.where(wanted, share, jnp.inf)
             system = piece.product(x, hessian)
-            found = conjugate_gradients(
-                system, rhs, trees.zeros_like(rhs), share, self.max_products, zero_start=True
-            )  # fmt: skip
+            start = trees.zeros_like(rhs)
+            found = conjugate_gradients(system, rhs, start, share, self.max_products, zero_start=True)
             move = trees.sub(trees.add(dropped, piece.project(found.x)), gap)
             good = wanted & trees.all_finite(move) & (found.steps > 0)
             return move, good, found.steps + 1

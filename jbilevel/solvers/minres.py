@@ -79,18 +79,50 @@ def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
     stuck = optimal | ((since >= PATIENCE) & (scale > 0) & (size > GROWTH * scale))
     running = ~stuck & (phi > tol) & (phi > eps * norm * scale) & (s.steps + 1 < max_steps) & jnp.isfinite(phi)
     return _Lanczos(
-        x, trees.scale(1 / _safe(beta), rest), s.v, d, s.d, beta, -s.c * beta, s.s * beta, c, sine, phi,
-        norm, lowest, s.steps + 1, jnp.where(fell, phi, s.best), scale, since, running,
-    )  # fmt: skip
+        x=x,
+        v=trees.scale(1 / _safe(beta), rest),
+        v_last=s.v,
+        d=d,
+        d_last=s.d,
+        beta=beta,
+        delta_bar=-s.c * beta,
+        epsilon=s.s * beta,
+        c=c,
+        s=sine,
+        phi=phi,
+        norm=norm,
+        lowest=lowest,
+        steps=s.steps + 1,
+        best=jnp.where(fell, phi, s.best),
+        scale=scale,
+        since=since,
+        running=running,
+    )
 
 
 def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
     """Run the recurrence from m.x until it claims tol, then evaluate the residual and judge."""
     zero, none = jnp.zeros_like(m.size), trees.zeros_like(m.x)
     start = _Lanczos(
-        m.x, trees.scale(1 / _safe(m.size), m.residual), none, none, none, zero, zero, zero, zero - 1, zero, m.size,
-        m.norm, m.lowest, m.steps, m.size, trees.norm(m.x), jnp.zeros((), jnp.int32), m.status == RUNNING,
-    )  # fmt: skip
+        x=m.x,
+        v=trees.scale(1 / _safe(m.size), m.residual),
+        v_last=none,
+        d=none,
+        d_last=none,
+        beta=zero,
+        delta_bar=zero,
+        epsilon=zero,
+        c=zero - 1,
+        s=zero,
+        phi=m.size,
+        norm=m.norm,
+        lowest=m.lowest,
+        steps=m.steps,
+        best=m.size,
+        scale=trees.norm(m.x),
+        since=jnp.zeros((), jnp.int32),
+        running=m.status == RUNNING,
+    )
     # aiming a little lower saves a second run for a residual that rounding put just above tol
     last = jax.lax.while_loop(lambda s: s.running, lambda s: _advance(product, s, 0.99 * tol, max_steps), start)
     residual = trees.cast_like(trees.sub(b, product(last.x)), b)
@@ -102,9 +134,16 @@ def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
     status = jnp.where(~halved & (jnp.minimum(size, m.size) <= floor), Status.PRECISION, status)
     status = _final(size, tol, status)
     x, residual = trees.where(worse, (m.x, m.residual), (last.x, residual))
-    products = m.products + last.steps - m.steps + 1
-    size = jnp.where(worse, m.size, size)
-    return MinresState(x, residual, size, last.norm, last.lowest, last.steps, products, status)
+    return MinresState(
+        x=x,
+        residual=residual,
+        size=jnp.where(worse, m.size, size),
+        norm=last.norm,
+        lowest=last.lowest,
+        steps=last.steps,
+        products=m.products + last.steps - m.steps + 1,
+        status=status,
+    )
 
 
 def _final(size, tol, status):
@@ -126,7 +165,14 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> Minr
     zero = jnp.zeros((), jnp.int32)
     status = _final(size, tol, jnp.where(zero >= max_steps, Status.MAX_STEPS, RUNNING))
     start = MinresState(
-        x0, residual, size, jnp.zeros_like(size), jnp.full_like(size, jnp.inf), zero, zero + (not zero_start), status
+        x=x0,
+        residual=residual,
+        size=size,
+        norm=jnp.zeros_like(size),
+        lowest=jnp.full_like(size, jnp.inf),
+        steps=zero,
+        products=zero + (not zero_start),
+        status=status,
     )
     return jax.lax.while_loop(lambda m: m.status == RUNNING, lambda m: _improve(product, b, m, tol, max_steps), start)
 
@@ -155,5 +201,11 @@ def minres(product, b, x0=None, *, tol, max_steps=1000) -> tuple[Any, SolveInfo]
     """
     start = trees.zeros_like(b) if x0 is None else trees.cast_like(x0, b)
     last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None)
-    work = Work.zero().plus(products=last.products)
-    return last.x, SolveInfo(last.status, last.steps, last.size, jnp.full_like(last.size, jnp.inf), work)
+    info = SolveInfo(
+        status=last.status,
+        steps=last.steps,
+        residual=last.size,
+        error=jnp.full_like(last.size, jnp.inf),
+        evaluations=Work.zero().plus(products=last.products),
+    )
+    return last.x, info

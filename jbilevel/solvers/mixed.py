@@ -106,8 +106,14 @@ def refine(view, x, product, b, q, tol, max_products) -> Refined:
         better = size < s.size
         good = (size <= GAIN * s.size) & (inner.status != Status.INDEFINITE)
         products = s.products + inner.steps + 1
-        return State(trees.where(better, q, s.q), trees.where(better, r, s.r), jnp.where(better, size, s.size),
-                     products, good)  # fmt: skip
+        return State(
+            q=trees.where(better, q, s.q),
+            r=trees.where(better, r, s.r),
+            size=jnp.where(better, size, s.size),
+            products=products,
+            good=good,
+        )
 
-    last = jax.lax.while_loop(unfinished, step, State(q, r, trees.norm(r), one, jnp.asarray(True)))
+    start = State(q=q, r=r, size=trees.norm(r), products=one, good=jnp.asarray(True))
+    last = jax.lax.while_loop(unfinished, step, start)
     return Refined(last.q, last.r, last.products)

@@ -86,19 +86,22 @@ class NewtonCG(Solver):
         # a length that had to be shortened is the first guess once more
         length = jnp.where(state.shortened, state.length, jnp.minimum(1.0, 2 * state.length))
         length = jnp.where(accelerated, 1.0, length)
+        wanted = jnp.where(newton, target, jnp.inf)
         aimed = self._aim(
-            view, candidate, value, gradient, product, residual, forcing, jnp.where(newton, target, jnp.inf), length,
-            state.curvature, work,
-        )  # fmt: skip
+            view, candidate, value, gradient, product, residual, forcing, wanted, length, state.curvature, work
+        )
         shorter = state._replace(length=0.25 * state.length, shortened=jnp.asarray(True), evaluations=work)
         mu = view.constants.strong_convexity
         if mu is None or view.constants.smoothness is None:
             return trees.where(accept, aimed, shorter)
         here = state._replace(evaluations=work)
         moved = here._replace(
-            x=candidate, gradient=gradient, residual=residual, value=value,
+            x=candidate,
+            gradient=gradient,
+            residual=residual,
+            value=value,
             curvature=jnp.maximum(state.curvature, secant(state.x, state.gradient, candidate, gradient)),
-        )  # fmt: skip
+        )
         here = trees.where(accelerated, moved, here)
         moving = self._accelerate(view, here, restart=~accelerated)
         far = (accelerated & ~newton) | (~accept & (state.length <= 0.5))
@@ -120,10 +123,19 @@ class NewtonCG(Solver):
         stuck = (inner.status == Status.INDEFINITE) & (inner.steps <= 1)
         direction = trees.where(stuck, downhill, inner.x)
         return NewtonState(
-            x, gradient, residual, jnp.maximum(curvature, inner.curvature), work.plus(products=inner.steps),
-            value, direction, trees.dot(gradient, direction), jnp.full_like(residual, length),
-            jnp.asarray(False), jnp.zeros_like(residual), x,
-        )  # fmt: skip
+            x=x,
+            gradient=gradient,
+            residual=residual,
+            curvature=jnp.maximum(curvature, inner.curvature),
+            evaluations=work.plus(products=inner.steps),
+            value=value,
+            direction=direction,
+            slope=trees.dot(gradient, direction),
+            length=jnp.full_like(residual, length),
+            shortened=jnp.asarray(False),
+            goal=jnp.zeros_like(residual),
+            previous=x,
+        )
 
     def _steepness(self, view, state: NewtonState):
         """A guess at L here: twice the largest curvature met, which grows as x moves, and L at most."""

@@ -86,7 +86,7 @@ class PDHG(Solver):
         dtype = trees.dtype(x0)
         norm = jnp.asarray(view.norm, dtype)
         tau, sigma = self.steps(view, norm)
-        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
+        point = Point(x=x, y=y, kx=view.linear(x), kty=view.transpose(y), tau=tau, sigma=sigma)
         return self._look(view, swap, point, norm, Work.zero().plus(gradients=1))
 
     def step(self, view: SaddleView, state: PDHGState, target) -> PDHGState:
@@ -103,7 +103,7 @@ class PDHG(Solver):
         view, swap = self._order(view)
         x, y = swap(x0)
         tau, sigma = self.steps(view, jnp.asarray(view.norm, trees.dtype(x0)))
-        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
+        point = Point(x=x, y=y, kx=view.linear(x), kty=view.transpose(y), tau=tau, sigma=sigma)
         point = jax.lax.scan(lambda p, _: (self._move(view, p)[0], None), point, length=steps)[0]
         return swap((point.x, point.y))
 
@@ -167,14 +167,14 @@ class PDHG(Solver):
         ahead = trees.add_scaled(kx, theta, trees.sub(kx, point.kx))
         y = view.prox_dual(trees.add(point.y, times(s, ahead)), s)
         kty = view.transpose(y)
-        after = Point(x, y, kx, kty, shrink * point.tau, sigma)
+        after = Point(x=x, y=y, kx=kx, kty=kty, tau=shrink * point.tau, sigma=sigma)
         first = trees.add(divided(trees.sub(point.x, x), t), trees.sub(kty, point.kty))
         second = trees.add_scaled(divided(trees.sub(point.y, y), s), theta, trees.sub(kx, point.kx))
         rho = self._relaxation(view)
         if rho == 1.0:
             return after, after, (first, second)
-        relaxed = (trees.add_scaled(a, rho, trees.sub(b, a)) for a, b in zip(point[:4], after[:4], strict=True))
-        return Point(*relaxed, after.tau, after.sigma), after, (first, second)
+        x, y, kx, kty = trees.add_scaled(point[:4], rho, trees.sub(after[:4], point[:4]))
+        return after._replace(x=x, y=y, kx=kx, kty=kty), after, (first, second)
 
     def _look(self, view: SaddleView, swap, point: Point, norm, work: Work) -> PDHGState:
         """One iteration whose residual is looked at."""
@@ -198,9 +198,16 @@ class PDHG(Solver):
             factor = norm / jnp.where(raised > 0, raised, 1.0)
             following = following._replace(tau=factor * following.tau, sigma=factor * following.sigma)
             norm = raised
-        pair, element = swap((after.x, after.y)), swap(element)
-        work = work.plus(gradients=1)
-        return PDHGState(pair, element, residual, curvature, work, failure, following, norm)
+        return PDHGState(
+            x=swap((after.x, after.y)),
+            gradient=swap(element),
+            residual=residual,
+            curvature=curvature,
+            evaluations=work.plus(gradients=1),
+            failure=failure,
+            point=following,
+            norm=norm,
+        )
 
     def failure(self, state):
         return state.failure

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import RUNNING, Status, Work
+from jbilevel._views.smooth import QuadraticModel
 from jbilevel._views.weighted_l1 import SupportView, WeightedL1View
 from jbilevel.solvers.agd import first_curvature
 from jbilevel.solvers.base import Solver
@@ -97,12 +98,11 @@ class ForwardBackward(Solver):
     def init(self, view: WeightedL1View, x0, target) -> ForwardBackwardState:
         if not isinstance(view, WeightedL1View):
             raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
-        smooth = view.smooth
-        value, gradient, hessian = smooth.linearize(x0)
-        size = trees.norm(gradient)
-        smoothness, more = first_curvature(smooth, x0, gradient, size)
+        model = QuadraticModel.of(view.smooth, x0)
+        size = model.gradient_norm
+        smoothness, more = first_curvature(view.smooth, x0, model.gradient, size)
         since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
-        forward = self._forward(view, x0, gradient, smoothness, value, hessian)
+        forward = self._forward(view, model, smoothness)
         subgradient = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
         residual = view.measure(trees.norm(subgradient), forward.smoothness)
         # soft thresholding would hide NaN
@@ -121,7 +121,7 @@ class ForwardBackward(Solver):
             smoothness=forward.smoothness,
             point=forward.x,
             previous=x0,
-            slope=gradient,
+            slope=model.gradient,
             t=one,
             merit=jnp.full_like(size, jnp.inf),
             trial=zero,
@@ -134,16 +134,16 @@ class ForwardBackward(Solver):
         )
 
     def step(self, view: WeightedL1View, state: ForwardBackwardState, target) -> ForwardBackwardState:
-        y = state.point
-        value, slope, hessian = view.smooth.linearize(y)
-        forward = self._forward(view, y, slope, state.smoothness, value, hessian)
+        model = QuadraticModel.of(view.smooth, state.point)
+        y, value, slope = model.x, model.value, model.gradient
+        forward = self._forward(view, model, state.smoothness)
         smoothness, x = forward.smoothness, forward.x
         gap = trees.sub(y, x)
         subgradient = trees.scale(smoothness, gap)
         residual = view.measure(trees.norm(subgradient), smoothness)
         quadratic = 0.5 * smoothness * trees.squared_norm(gap)
         # soft thresholding would hide NaN
-        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
+        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(model.gradient_norm), residual, jnp.nan)
         merit = value - trees.dot(slope, gap) + quadratic + view.penalty.value(x)
         steepest = secant(state.previous, state.slope, y, slope)
         failure = state.failure
@@ -167,7 +167,7 @@ class ForwardBackward(Solver):
         since = jnp.where(ended, 0, state.since + 1)
         wanted = (~newton & (since >= state.wait)) | quick
         wanted = wanted & (residual > target)
-        direction, found, products = self._newton(view, y, x, slope, hessian, smoothness, target, wanted, quick)
+        direction, found, products = self._newton(view, model, forward, target, wanted, quick)
         work = state.evaluations.plus(gradients=1, values=forward.values, products=products)
         # at the end of a Newton step momentum starts anew
         following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
@@ -204,8 +204,9 @@ class ForwardBackward(Solver):
         )
         return trees.where(refused, back, moved)
 
-    def _forward(self, view: WeightedL1View, y, slope, smoothness, value, hessian) -> _Forward:
-        """x+ from y, with a longer L where the decrease that L promises fails to come."""
+    def _forward(self, view: WeightedL1View, model: QuadraticModel, smoothness) -> _Forward:
+        """x+ from the model at y, with a longer L where the decrease that L promises fails to come."""
+        y, value, slope = model.x, model.value, model.gradient
 
         def at(smoothness):
             return view.penalty.prox(trees.add_scaled(y, -1 / smoothness, slope), 1 / smoothness)
@@ -220,7 +221,7 @@ class ForwardBackward(Solver):
             decrease = view.smooth.value(x) - value - trees.dot(slope, move)
             # where the difference of two values is rounding the Hessian decides
             fine = curved > ROUNDING * trees.eps(y) * jnp.abs(value)
-            decrease = jnp.where(fine, decrease, 0.5 * trees.dot(move, hessian(move)))
+            decrease = jnp.where(fine, decrease, 0.5 * trees.dot(move, model.product(move)))
             return decrease <= (1 + 64 * trees.eps(y)) * curved
 
         def longer(carry):
@@ -245,13 +246,14 @@ class ForwardBackward(Solver):
             beta = jnp.minimum(beta, (1 - root) / (1 + root))
         return trees.add_scaled(x, beta, change), following
 
-    def _newton(self, view: WeightedL1View, y, x, slope, hessian, smoothness, target, wanted, close):
-        """(from x to the end of the Newton step from y, whether there is one, products)."""
+    def _newton(self, view: WeightedL1View, model: QuadraticModel, forward: _Forward, target, wanted, close):
+        """(from x+ to the end of the Newton step from y, whether there is one, products)."""
+        x, y, smoothness = forward.x, model.x, forward.smoothness
         if not self.newton:
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
 
         def solve(_):
-            sets = view.index_sets(y, slope, 1 / smoothness, 0.0)
+            sets = view.index_sets(y, model.gradient, 1 / smoothness, 0.0)
             piece = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
             gap = trees.sub(x, y)
             # unknowns that the prox sets to zero go there, whatever the others do
@@ -259,11 +261,11 @@ class ForwardBackward(Solver):
             penalty = piece.penalty_hessian(x)
             rhs = trees.scale(smoothness, gap)
             rhs = rhs if penalty is None else trees.add(rhs, penalty(gap))
-            rhs = piece.project(trees.sub(rhs, hessian(dropped)))
+            rhs = piece.project(trees.sub(rhs, model.product(dropped)))
             size = trees.norm(rhs)
             share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
             share = jnp.where(wanted, share, jnp.inf)
-            system = piece.product(x, hessian)
+            system = piece.product(x, model.product)
             start = trees.zeros_like(rhs)
             found = conjugate_gradients(system, rhs, start, share, self.max_products, zero_start=True)
             move = trees.sub(trees.add(dropped, piece.project(found.x)), gap)

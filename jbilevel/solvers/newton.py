@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import Status, Work
+from jbilevel._views.smooth import QuadraticModel
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 from jbilevel.solvers.mixed import curvature as hessian
@@ -62,17 +63,15 @@ class NewtonCG(Solver):
     patience = 300  # steps without progress before giving up, which an accelerated phase may need to show its own
 
     def init(self, view, x0, target) -> NewtonState:
-        value, gradient, product = view.linearize(x0)
-        residual = trees.norm(gradient)
-        zero = jnp.zeros_like(residual)
+        model = QuadraticModel.of(view, x0)
+        zero = jnp.zeros_like(model.gradient_norm)
         work = Work.zero().plus(gradients=1)
-        return self._aim(view, x0, value, gradient, product, residual, self.forcing, target, 1.0, zero, work)
+        return self._aim(view, model, self.forcing, target, length=1.0, curvature=zero, work=work)
 
     def step(self, view, state: NewtonState, target) -> NewtonState:
         accelerated = state.goal > 0
-        candidate = trees.add_scaled(state.x, state.length, state.direction)
-        value, gradient, product = view.linearize(candidate)
-        residual = trees.norm(gradient)
+        model = QuadraticModel.of(view, trees.add_scaled(state.x, state.length, state.direction))
+        candidate, value, gradient, residual = model.x, model.value, model.gradient, model.gradient_norm
         work = state.evaluations.plus(gradients=1)
         room = 10 * trees.eps(candidate) * jnp.abs(state.value)
         # near the minimum the difference of two values is rounding: there the gradient decides
@@ -87,9 +86,7 @@ class NewtonCG(Solver):
         length = jnp.where(state.shortened, state.length, jnp.minimum(1.0, 2 * state.length))
         length = jnp.where(accelerated, 1.0, length)
         wanted = jnp.where(newton, target, jnp.inf)
-        aimed = self._aim(
-            view, candidate, value, gradient, product, residual, forcing, wanted, length, state.curvature, work
-        )
+        aimed = self._aim(view, model, forcing, wanted, length=length, curvature=state.curvature, work=work)
         shorter = state._replace(length=0.25 * state.length, shortened=jnp.asarray(True), evaluations=work)
         mu = view.constants.strong_convexity
         if mu is None or view.constants.smoothness is None:
@@ -110,12 +107,11 @@ class NewtonCG(Solver):
         far = far & (mu > 0) & (accelerated | worthwhile)
         return trees.where(newton, aimed, trees.where(far, moving, shorter))
 
-    def _aim(
-        self, view, x, value, gradient, product, residual, forcing, target, length, curvature, work
-    ) -> NewtonState:
+    def _aim(self, view, model: QuadraticModel, forcing, target, *, length, curvature, work) -> NewtonState:
         """State at x with its Newton direction; no system is solved where the residual meets the target."""
+        x, gradient, residual = model.x, model.gradient, model.gradient_norm
         # the last system needs no more accuracy than the target
-        system = hessian(view, x, product)
+        system = hessian(view, x, model.product)
         forcing = jnp.minimum(forcing, CLOSE) if system.rough else forcing
         share = jnp.where(residual > target, jnp.maximum(forcing, 0.3 * target / residual), jnp.inf)
         downhill = trees.neg(gradient)
@@ -128,7 +124,7 @@ class NewtonCG(Solver):
             residual=residual,
             curvature=jnp.maximum(curvature, inner.curvature),
             evaluations=work.plus(products=inner.steps),
-            value=value,
+            value=model.value,
             direction=direction,
             slope=trees.dot(gradient, direction),
             length=jnp.full_like(residual, length),

@@ -16,7 +16,7 @@ from jbilevel._core import trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._core.validate import as_start, no_closed_over_tracer, require_hashable, start_shapes
 from jbilevel._views.base import Problem
-from jbilevel._views.saddle import POWER_SAFETY, SaddleView, apart, power_norm, random_like
+from jbilevel._views.saddle import POWER_SAFETY, SaddleView, power_norm, random_like, unfused
 from jbilevel.solvers.pdhg import PDHG
 
 Number = float | Callable[[Any, Any], Any]
@@ -98,8 +98,8 @@ class SaddleProblem(Problem):
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
         mu_primal, mu_dual = jax.lax.stop_gradient(moduli)
         view = SaddleView(
-            linear=partial(apart, lambda x: self.linear(params, x, data), params),
-            transpose=partial(apart, self._transposed(params, data), params),
+            linear=partial(unfused, lambda x: self.linear(params, x, data), params),
+            transpose=partial(unfused, self._transposed(params, data), params),
             prox_primal=lambda v, step: self.prox_primal(params, v, step, data),
             prox_dual=lambda v, step: self.prox_dual(params, v, step, data),
             mu_primal=mu_primal,

@@ -59,12 +59,12 @@ class AGD(Solver):
         known = self._smoothness(view) is not None
         point = trees.add_scaled(state.x, -1.0 / state.smoothness, state.gradient)
         beta, t = self._momentum(view, state, point)
-        moved = trees.add_scaled(point, beta, trees.sub(point, state.previous))
+        extrapolated = trees.add_scaled(point, beta, trees.sub(point, state.previous))
         work = state.evaluations.plus(gradients=1)
         if known:
-            value, gradient = view.value_and_gradient(moved)
+            value, gradient = view.value_and_gradient(extrapolated)
             return state._replace(
-                x=moved,
+                x=extrapolated,
                 gradient=gradient,
                 residual=trees.norm(gradient),
                 evaluations=work,
@@ -72,15 +72,15 @@ class AGD(Solver):
                 previous=point,
                 t=t,
             )
-        # sufficient decrease of the gradient step, with room for rounding in the difference of two values
-        room = 10 * trees.eps(state.x) * jnp.abs(state.value)
-        enough = view.value(point) <= state.value - 0.5 * state.residual**2 / state.smoothness + room
-        moved = trees.where(enough, moved, state.x)
-        value, gradient = view.value_and_gradient(moved)
+        # of the gradient step, up to rounding in the difference of two values
+        rounding = 10 * trees.eps(state.x) * jnp.abs(state.value)
+        sufficient = view.value(point) <= state.value - 0.5 * state.residual**2 / state.smoothness + rounding
+        extrapolated = trees.where(sufficient, extrapolated, state.x)
+        value, gradient = view.value_and_gradient(extrapolated)
         work = work.plus(values=1)
-        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, moved, gradient))
+        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, extrapolated, gradient))
         accepted = AGDState(
-            x=moved,
+            x=extrapolated,
             gradient=gradient,
             residual=trees.norm(gradient),
             curvature=curvature,
@@ -91,21 +91,21 @@ class AGD(Solver):
             smoothness=state.smoothness,
         )
         rejected = state._replace(smoothness=2 * state.smoothness, evaluations=work)
-        return trees.where(enough, accepted, rejected)
+        return trees.where(sufficient, accepted, rejected)
 
     def _momentum(self, view, state, point):
         if not self.momentum:
             return 0.0, state.t
         restart = trees.dot(state.gradient, trees.sub(point, state.previous)) > 0
         t = jnp.where(restart, 1.0, state.t)
-        following = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
-        beta = jnp.where(restart, 0.0, (t - 1) / following)
+        t_next = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
+        beta = jnp.where(restart, 0.0, (t - 1) / t_next)
         mu = view.constants.strong_convexity
         if mu is not None:
             root = jnp.sqrt(jnp.clip(mu / state.smoothness, 0.0, 1.0))
             # mu = 0 would give the constant momentum 1, which does not converge
             beta = jnp.where(root > 0, (1 - root) / (1 + root), beta)
-        return beta, following
+        return beta, t_next
 
     def value(self, state):
         return state.value

@@ -66,8 +66,8 @@ class LBFGS(Solver):
             (optax.apply_updates(state.x, change), search.value, search.grad), (state.x, state.value, state.gradient)
         )
         residual = trees.norm(gradient)
-        room = 1e-6 * jnp.abs(state.value)  # of the approximate Wolfe conditions
-        accept = (value <= state.value + room) & jnp.isfinite(residual)
+        slack = 1e-6 * jnp.abs(state.value)  # of the approximate Wolfe conditions
+        accept = (value <= state.value + slack) & jnp.isfinite(residual)
         work = state.evaluations.plus(gradients=search.info.num_linesearch_steps)
         curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, x, gradient))
         accepted = LBFGSState(

@@ -46,7 +46,7 @@ class _Lanczos(NamedTuple):
     steps: Any
     best: Any  # phi when it last fell by 2 per cent,
     scale: Any  # ||x|| then,
-    since: Any  # steps since then
+    stalled: Any  # steps since then
     running: Any
 
 
@@ -57,10 +57,10 @@ def _safe(denominator):
 def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
     """One step of the recurrence; x stays where it is when the residual is orthogonal to the range of H already."""
     eps = trees.eps(s.x)
-    mapped = trees.cast_like(product(s.v), s.v)
-    alpha = trees.dot(s.v, mapped)
-    rest = trees.add_scaled(trees.add_scaled(mapped, -alpha, s.v), -s.beta, s.v_last)
-    beta = trees.norm(rest)
+    hv = trees.cast_like(product(s.v), s.v)
+    alpha = trees.dot(s.v, hv)
+    v_next = trees.add_scaled(trees.add_scaled(hv, -alpha, s.v), -s.beta, s.v_last)
+    beta = trees.norm(v_next)
     norm = jnp.maximum(s.norm, jnp.sqrt(s.beta**2 + alpha**2 + beta**2))
     delta = s.c * s.delta_bar + s.s * alpha
     gamma_bar = s.s * s.delta_bar - s.c * alpha
@@ -73,14 +73,14 @@ def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
     d = trees.scale(1 / _safe(gamma), trees.add_scaled(trees.add_scaled(s.v, -delta, s.d), -s.epsilon, s.d_last))
     x = trees.add_scaled(s.x, jnp.where(optimal, 0.0, c * s.phi), d)
     phi = jnp.where(optimal, s.phi, sine * s.phi)
-    fell, size = phi < 0.98 * s.best, trees.norm(x)
-    since = jnp.where(fell, 0, s.since + 1)
-    scale = jnp.where(fell, size, s.scale)
-    stuck = optimal | ((since >= PATIENCE) & (scale > 0) & (size > GROWTH * scale))
-    running = ~stuck & (phi > tol) & (phi > eps * norm * scale) & (s.steps + 1 < max_steps) & jnp.isfinite(phi)
+    decreased, size = phi < 0.98 * s.best, trees.norm(x)
+    stalled = jnp.where(decreased, 0, s.stalled + 1)
+    scale = jnp.where(decreased, size, s.scale)
+    stagnated = optimal | ((stalled >= PATIENCE) & (scale > 0) & (size > GROWTH * scale))
+    running = ~stagnated & (phi > tol) & (phi > eps * norm * scale) & (s.steps + 1 < max_steps) & jnp.isfinite(phi)
     return _Lanczos(
         x=x,
-        v=trees.scale(1 / _safe(beta), rest),
+        v=trees.scale(1 / _safe(beta), v_next),
         v_last=s.v,
         d=d,
         d_last=s.d,
@@ -93,14 +93,14 @@ def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
         norm=norm,
         lowest=lowest,
         steps=s.steps + 1,
-        best=jnp.where(fell, phi, s.best),
+        best=jnp.where(decreased, phi, s.best),
         scale=scale,
-        since=since,
+        stalled=stalled,
         running=running,
     )
 
 
-def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
+def _cycle(product, b, m: MinresState, tol, max_steps) -> MinresState:
     """Run the recurrence from m.x until it claims tol, then evaluate the residual and judge."""
     zero, none = jnp.zeros_like(m.size), trees.zeros_like(m.x)
     start = _Lanczos(
@@ -120,7 +120,7 @@ def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
         steps=m.steps,
         best=m.size,
         scale=trees.norm(m.x),
-        since=jnp.zeros((), jnp.int32),
+        stalled=jnp.zeros((), jnp.int32),
         running=m.status == RUNNING,
     )
     # aiming a little lower saves a second run for a residual that rounding put just above tol
@@ -132,7 +132,7 @@ def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
     status = jnp.where(last.steps >= max_steps, Status.MAX_STEPS, status)
     floor = jnp.minimum(FLOOR_FACTOR * trees.eps(b) * last.norm * last.scale, 0.1 * trees.norm(b))
     status = jnp.where(~halved & (jnp.minimum(size, m.size) <= floor), Status.PRECISION, status)
-    status = _final(size, tol, status)
+    status = _final_status(size, tol, status)
     x, residual = trees.where(worse, (m.x, m.residual), (last.x, residual))
     return MinresState(
         x=x,
@@ -146,7 +146,7 @@ def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
     )
 
 
-def _final(size, tol, status):
+def _final_status(size, tol, status):
     status = jnp.where(size <= tol, Status.CONVERGED, status)
     return jnp.where(jnp.isfinite(size), status, Status.NONFINITE).astype(jnp.int32)
 
@@ -163,7 +163,7 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> Minr
     residual = b if zero_start else trees.cast_like(trees.sub(b, product(x0)), b)
     size = trees.norm(residual)
     zero = jnp.zeros((), jnp.int32)
-    status = _final(size, tol, jnp.where(zero >= max_steps, Status.MAX_STEPS, RUNNING))
+    status = _final_status(size, tol, jnp.where(zero >= max_steps, Status.MAX_STEPS, RUNNING))
     start = MinresState(
         x=x0,
         residual=residual,
@@ -174,7 +174,7 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> Minr
         products=zero + (not zero_start),
         status=status,
     )
-    return jax.lax.while_loop(lambda m: m.status == RUNNING, lambda m: _improve(product, b, m, tol, max_steps), start)
+    return jax.lax.while_loop(lambda m: m.status == RUNNING, lambda m: _cycle(product, b, m, tol, max_steps), start)
 
 
 def minres(product, b, x0=None, *, tol, max_steps=1000) -> tuple[Any, SolveInfo]:

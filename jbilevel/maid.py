@@ -164,9 +164,9 @@ class MAID(Method):
         )
 
         def unfinished(s: _Search):
-            slope = self._slope(state, s)
+            squared_norm = self._squared_norm(state, s)
             searching = ~s.accepted & (s.rounds <= self.rounds) & ~self._at_floor(state, s)
-            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(slope) & (slope > 0)
+            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(squared_norm) & (squared_norm > 0)
 
         def refine(s: _Search) -> _Search:
             return self._refine(state, batch, s)
@@ -175,7 +175,7 @@ class MAID(Method):
             return self._try(state, batch, s)
 
         def advance(s: _Search) -> _Search:
-            return jax.lax.cond(self._hopeless(state, s), refine, attempt, s)
+            return jax.lax.cond(self._needs_refinement(state, s), refine, attempt, s)
 
         return self._finish(state, jax.lax.while_loop(unfinished, advance, search))
 
@@ -204,30 +204,30 @@ class MAID(Method):
         """Average of the values so far; before the first step the value at the start."""
         return jnp.where(state.weight > 0, state.reference, s.hg.value)
 
-    def _hopeless(self, state: MAIDState, s: _Search):
-        return (s.tries >= self.tries) | ~self._promising(state, s)
+    def _needs_refinement(self, state: MAIDState, s: _Search):
+        return (s.tries >= self.tries) | ~self._resolves_decrease(state, s)
 
-    def _slope(self, state: MAIDState, s: _Search):
-        """Squared norm of what of the hypergradient can move params."""
+    def _squared_norm(self, state: MAIDState, s: _Search):
+        """Of what of the hypergradient can move params."""
         return trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
 
     def _stationary(self, state: MAIDState, s: _Search):
         error = 2 * self._errors(s.hg)
         shown = acceptable(s.hg.status) & (error <= CREDIBLE * jnp.abs(s.hg.value))
-        slope = self._slope(state, s)
-        return steps.stationary(s.hg.value, slope, state.step, jnp.where(shown, error, 0.0))
+        squared_norm = self._squared_norm(state, s)
+        return steps.stationary(s.hg.value, squared_norm, state.step, jnp.where(shown, error, 0.0))
 
-    def _promising(self, state: MAIDState, s: _Search):
+    def _resolves_decrease(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""
-        slope = self._slope(state, s)
-        decrease = (1 - self.armijo) * s.step * slope
+        squared_norm = self._squared_norm(state, s)
+        decrease = (1 - self.armijo) * s.step * squared_norm
         credible = 2 * decrease > self._errors(s.hg)
         if self.window > 0:
-            credible = credible | ((slope > 0) & (self._reference(state, s) > s.hg.value))
+            credible = credible | ((squared_norm > 0) & (self._reference(state, s) > s.hg.value))
         if self.descent is None:
             return credible
         error = s.hg.bound if self.certified else s.hg.error
-        return credible & (error <= (1 - self.descent) * jnp.sqrt(slope))
+        return credible & (error <= (1 - self.descent) * jnp.sqrt(squared_norm))
 
     def _try(self, state: MAIDState, batch, s: _Search) -> _Search:
         trial, moved = steps.projected_step(self.projection, state.params, s.hg.grad, s.step)
@@ -265,7 +265,7 @@ class MAID(Method):
         floored = jnp.all(s.hg.lower.status == Status.PRECISION)
         floored = floored & ((s.tries >= self.tries) | jnp.all(s.hg.adjoint.status == Status.PRECISION))
         exact = (self._errors(s.hg) == 0) & (s.hg.error == 0)
-        return (floored | exact) & self._hopeless(state, s)
+        return (floored | exact) & self._needs_refinement(state, s)
 
     def _finish(self, state: MAIDState, s: _Search) -> tuple[MAIDState, StepInfo]:
         accepted = s.accepted

@@ -40,8 +40,8 @@ def first_tolerances(oracle, params, batch, relative, tol=None, adjoint_tol=None
 
 def first_step(params, grad, relative=0.1):
     """Step length whose first step moves params by ``relative`` of their norm (by ``relative`` when they are zero)."""
-    size, slope = trees.norm(params), trees.norm(grad)
-    return relative * jnp.where(size > 0, size, 1.0) / jnp.where(slope > 0, slope, 1.0)
+    size, grad_norm = trees.norm(params), trees.norm(grad)
+    return relative * jnp.where(size > 0, size, 1.0) / jnp.where(grad_norm > 0, grad_norm, 1.0)
 
 
 def project(projection, params):

@@ -394,7 +394,14 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
     value, error, bound = _mean_value(oracle, samples, weight)
-    return Value(value, error, bound, samples.value, samples.lower, samples.warm)
+    return Value(
+        value=value,
+        error=error,
+        bound=bound,
+        values=samples.value,
+        lower=samples.lower,
+        warm=samples.warm,
+    )
 
 
 def _account(oracle, samples: Sample, weight):
@@ -465,11 +472,19 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     samples = _blamed(samples, finite | ~jnp.isfinite(value))
     error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
     bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
-    values = samples.value - samples.shift if oracle.correct else samples.value
     return Hypergradient(
-        value, values, value_error, value_bound, grad, error, jnp.isfinite(bound), bound,
-        samples.warm, samples.lower, samples.adjoint,
-    )  # fmt: skip
+        value=value,
+        values=samples.value - samples.shift if oracle.correct else samples.value,
+        value_error=value_error,
+        value_bound=value_bound,
+        grad=grad,
+        error=error,
+        certified=jnp.isfinite(bound),
+        bound=bound,
+        warm=samples.warm,
+        lower=samples.lower,
+        adjoint=samples.adjoint,
+    )
 
 
 def _blamed(samples: Sample, fine) -> Sample:

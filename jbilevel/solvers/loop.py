@@ -133,10 +133,16 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     zero = jnp.zeros((), jnp.int32)
     worst = jnp.full_like(state.residual, jnp.inf)
     taken = zero + 1 if solver.one_shot else zero
-    first = judge(_Progress(state, taken, worst, worst, zero, zero))
+    first = judge(_Progress(state=state, steps=taken, best=worst, lowest=worst, since=zero, status=zero))
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
-    info = SolveInfo(last.status, last.steps, state.residual, view.error_bound(state.residual), state.evaluations)
+    info = SolveInfo(
+        status=last.status,
+        steps=last.steps,
+        residual=state.residual,
+        error=view.error_bound(state.residual),
+        evaluations=state.evaluations,
+    )
     return Solution(state.x, state.gradient, info, state)
 
 

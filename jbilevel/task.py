@@ -255,16 +255,16 @@ class TaskAdapted:
     fit: FitResult
     pipeline: Pipeline = field(repr=False)
 
-    def reconstruct(self, batch, *, tol=1e-3):
+    def reconstruct(self, batch, *, tol=None):
         """Pictures of a batch of measurements; `ConvergenceError` where a solve fails. Labels are not needed."""
         return reconstruct(self.pipeline, self.regularizer, batch, tol=tol)
 
-    def __call__(self, batch, *, tol=1e-3):
+    def __call__(self, batch, *, tol=None):
         """What the task makes of them, such as logits."""
         return jax.vmap(self.pipeline.task, (None, 0))(self.task, self.reconstruct(batch, tol=tol))
 
 
-def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=1e-3):
+def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=None):
     """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails."""
     names = pipeline.measured
     seen = batch[names] if isinstance(names, str) else {name: batch[name] for name in names}

@@ -260,8 +260,8 @@ def say_if_unsolved(name: str, tol, info: SolveInfo, *, stacklevel: int = 4) -> 
     """Warn where a tolerance that was given let every solve end where it began, cold, though not at a solution."""
     if tol is None or any(isinstance(leaf, jax.core.Tracer) for leaf in (tol, info.steps, info.residual)):
         return
-    residual = np.asarray(info.residual)
-    if np.isfinite(tol) and np.all(residual > 0) and not np.any(np.asarray(info.steps)):
+    residual, met = np.asarray(info.residual), np.asarray(info.status) == Status.CONVERGED
+    if np.isfinite(tol) and np.all(met & (residual > 0)) and not np.any(np.asarray(info.steps)):
         warnings.warn(
             f"`{name}`={float(tol):.1e} is larger than what there is to solve, so nothing was: every solve ended at "
             f"its cold start, with residual {np.max(residual):.1e}; make it smaller, or leave it out for one that is "

@@ -354,7 +354,7 @@ def test_damaged_bytes_are_named(tmp_path):
 def test_other_formats_in_disguise_are_refused(tmp_path):
     save(tmp_path / "good.png", GREY)
     Image.fromarray(COLOUR).save(tmp_path / "bad.png", format="EPS")
-    with pytest.raises(ValueError, match=r"bad\.png is damaged, or not one of PNG"):
+    with pytest.raises(ValueError, match=r"bad\.png is damaged, truncated or no picture \(PNG"):
         image_folder(tmp_path)
     Image.fromarray(COLOUR).save(tmp_path / "bad.png", format="GIF")
     with pytest.raises(ValueError, match=r"bad\.png"):

@@ -80,7 +80,7 @@ def test_outlines_that_do_not_fit_are_named(bsds):
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.7, 0.95])
 def test_damaged_matlab_files_are_named(bsds, keep):
     truncate(bsds / "groundTruth/val/3.mat", keep)
-    with pytest.raises(ValueError, match=r"3\.mat is damaged, or no MATLAB file"):
+    with pytest.raises(ValueError, match=r"3\.mat is damaged, .*no MATLAB file"):
         bsds500(bsds, "val", boundaries=True)[0]
 
 
@@ -156,7 +156,7 @@ def test_labels_may_have_a_palette(streets):
     "labels, message",
     [
         (np.full((6, 8), 12, np.uint8), "has the label 12"),
-        (PHOTO, "mode 'RGB': labels are one number"),
+        (PHOTO, "kind RGB: labels are one number"),
         (np.zeros((6, 8), np.uint16), "labels are one number"),
         (np.zeros((8, 6), np.uint8), r"but .*valannot.* has \(8, 6\)"),
     ],
@@ -246,7 +246,7 @@ def test_oxford_pets(pets):
         ("Abyssinian_100 one 1 1\n", "line 1"),
         ("# nothing\n", "empty"),
         ("../../secret 1 1 1\n", "not below `root`"),
-        (b"\xff\xfe\x00", "no text file"),
+        (b"\xff\xfe\x00", "no list in UTF-8"),
     ],
 )
 def test_damaged_lists_of_pets_are_named(pets, text, message):

@@ -101,6 +101,17 @@ def test_what_is_not_read_is_refused_and_may_stand_beside(tmp_path, value, words
         read_mat(path, ("v",))
 
 
+def test_a_string_object_may_stand_beside(tmp_path):
+    """Newer classes of MATLAB have no shape in front of their name."""
+    path = tmp_path / "a.mat"
+    words = b"".join(element(1, word) for word in (b"new", b"MCOS", b"string"))
+    opaque = element(14, element(6, struct.pack("<2I", 17, 0)) + words + matrix(13, (1, 1), element(6, bytes(4))))
+    path.write_bytes(mat(opaque, matrix(6, (1, 1), element(9, struct.pack("<d", 3)))))
+    assert read_mat(path, ("v",))["v"] == 3
+    with pytest.raises(ValueError, match=r"a\.mat holds a function or an object"):
+        read_mat(path, ("new",))
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 200, b"MATLAB 7.3".ljust(124) + b"\0\2IM" + bytes(500)])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "a.mat"

@@ -75,6 +75,15 @@ def test_signed_pixels(tmp_path):
     np.testing.assert_array_equal(dicom_series(tmp_path)[0].slices[0].hu, pixels)
 
 
+def test_bits_that_are_not_stored_do_not_count(tmp_path):
+    """Twelve bits in sixteen, the others of which once held overlays; or the sign of none."""
+    save(ct(PIXELS | np.uint16(0xA000)), tmp_path / "a.dcm")
+    np.testing.assert_array_equal(dicom_series(tmp_path)[0].slices[0].hu, PIXELS - 1024.0)
+    save(ct(PIXELS, PixelRepresentation=1, PhotometricInterpretation="MONOCHROME1"), tmp_path / "a.dcm")
+    expected = np.where(PIXELS < 2048, PIXELS, PIXELS.astype(int) - 4096) - 1024.0  # how to show it changes no value
+    np.testing.assert_array_equal(dicom_series(tmp_path)[0].slices[0].hu, expected)
+
+
 def test_series_are_sorted_by_position_not_by_name(tmp_path):
     heights = [5.0, -2.5, 0.0, 2.5, -5.0]
     for k, z in enumerate(heights):

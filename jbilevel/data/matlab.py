@@ -21,7 +21,7 @@ _KIND = "MATLAB file of version 5 to 7"
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # of elements
 _TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
-_CELL, _STRUCT, _OBJECT, _CHAR, _SPARSE = 1, 2, 3, 4, 5
+_CELL, _STRUCT, _OBJECT, _CHAR, _SPARSE, _OPAQUE = 1, 2, 3, 4, 5, 17
 _CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
 _COMPLEX = 0x800
 _MAX_AXES, _MAX_FIELDS, _MAX_DEPTH = 32, 4096, 64
@@ -115,9 +115,11 @@ class _Reader:
     def header(self, part: memoryview) -> tuple[str, _Matrix]:
         """The name of a matrix and what stands in front of its content."""
         _, flags, rest = self.element(part)
+        word = int(self.numbers(flags, "u4")[0])
+        if word & 0xFF == _OPAQUE:  # has no shape; refused by its name, if it is asked for
+            return bytes(self.element(rest)[1]).decode("latin-1"), _Matrix(_OPAQUE, False, (0, 0), 0, rest)
         _, dims, rest = self.element(rest)
         _, name, rest = self.element(rest)
-        word = int(self.numbers(flags, "u4")[0])
         shape = tuple(self.numbers(dims, "i4").tolist())
         if not 2 <= len(shape) <= _MAX_AXES or min(shape) < 0:
             raise ValueError(f"it announces the shape {shape[: _MAX_AXES + 1]}")

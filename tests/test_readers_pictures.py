@@ -273,7 +273,7 @@ DOGS = ("n02085620-Chihuahua/n02085620_7.jpg", "n02113978-Mexican_hairless/n0211
 
 def dog_lists(folder, names=DOGS, labels=(1, 119)):
     folder.mkdir(exist_ok=True)
-    listed = {"file_list": cells(list(names)).T, "labels": np.array(labels, np.uint8)[:, None]}
+    listed = {"file_list": cells(list(names)).T, "labels": np.array(labels)[:, None]}
     for split in ("train", "test"):
         scipy.io.savemat(folder / f"{split}_list.mat", listed, do_compression=True)
 
@@ -306,6 +306,10 @@ def test_stanford_dogs(dogs, inner):
         (DOGS, (0, 1), "expected one in 1, ..., 120"),
         (DOGS, (1, 121), "expected one in 1, ..., 120"),
         (("../../secret.jpg", DOGS[1]), (1, 2), "not below `root`"),
+        (DOGS, (1, np.inf), "lists of names"),
+        (DOGS, (1, np.nan), "lists of names"),
+        (DOGS, (1, 2j), "lists of names"),
+        (DOGS, (1, 2.5), "labels are whole numbers"),
         ((np.eye(2), DOGS[1]), (1, 2), "lists of names"),
     ],
 )

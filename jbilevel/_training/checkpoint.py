@@ -71,7 +71,9 @@ class Checkpoint:
             content, _ = io.load(self.file, like)
         except ValueError as error:
             raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {cure}.") from error
-        history = History(content["history"])
+        with io.blame(self.file):
+            history = History(content["history"])
+            history.failures()  # raises where a status is none
         state = content["state"]
         if self.source.changing and template.warm is not None:
             state = replace(state, warm=stepping.cold(self.method, state.params, self.source.first))

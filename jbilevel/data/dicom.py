@@ -117,14 +117,20 @@ class CTSeries:
                 sheared; they are not in Hounsfield units; or a file is damaged.
         """
         name = f"the slices of series {self.uid or '(no uid)'} of patient {self.patient or '(no id)'}"
-        steps = np.diff(self.positions)
+        files, steps = [path.name for path, *_ in self.slices.keys], np.diff(self.positions)
         if steps.size and np.ptp(steps) > 0.01 * steps.mean():
+            k = int(np.argmax(steps))
             raise ValueError(
-                f"{name} are {steps.min():.3g} to {steps.max():.3g} mm apart: take them one by one from `slices`."
+                f"{name} are {steps.min():.3g} to {steps.max():.3g} mm apart, the latter between {files[k]} and "
+                f"{files[k + 1]}: take them one by one from `slices`."
             )
-        moved = max(float(np.hypot(*shift)) for shift in self.shifts_mm)
-        if words := leaning(moved, self.positions[-1] - self.positions[0], min(self.pixel_mm)):
-            raise ValueError(f"{name} {words}: take them one by one from `slices`, or move them by `shifts_mm`.")
+        moved = np.hypot(*np.transpose(self.shifts_mm))
+        k = int(np.argmax(moved))
+        if words := leaning(moved[k], self.positions[-1] - self.positions[0], min(self.pixel_mm)):
+            raise ValueError(
+                f"{name} {words}, from {files[0]} to {files[k]}: take them one by one from `slices`, or move them by "
+                "`shifts_mm`."
+            )
         return np.stack([s.hu for s in self.slices])
 
 
@@ -232,16 +238,19 @@ def _header(path, max_pixels):
         if missing:
             raise Unusable(f"has no {missing[0]}: it is truncated, or no slice of a CT.")
         header = _Header(
-            path,
-            *(str(data.get(k) or "") for k in ("PatientID", "SeriesInstanceUID", "SeriesDescription")),
-            str(data.get("FrameOfReferenceUID") or ""),
-            _unit(data),
-            (int(data.Rows), int(data.Columns)),
-            *(tuple(map(float, data[k].value)) for k in ("PixelSpacing", "ImageOrientationPatient")),
-            tuple(map(float, data.ImagePositionPatient)),
+            path=path,
+            patient=str(data.get("PatientID") or ""),
+            uid=str(data.get("SeriesInstanceUID") or ""),
+            description=str(data.get("SeriesDescription") or ""),
+            frame=str(data.get("FrameOfReferenceUID") or ""),
+            unit=_unit(data),
+            shape=(int(data.Rows), int(data.Columns)),
+            pixel_mm=tuple(map(float, data.PixelSpacing)),
+            orientation=tuple(map(float, data.ImageOrientationPatient)),
+            position=tuple(map(float, data.ImagePositionPatient)),
         )
-        lengths = [len(v) for v in (header.pixel_mm, header.orientation, header.position)]
-        if lengths != [2, 6, 3] or not np.all(np.isfinite([*sum(header[7:], ())])) or min(header.pixel_mm) <= 0:
+        vectors = (header.pixel_mm, header.orientation, header.position)
+        if [len(v) for v in vectors] != [2, 6, 3] or not np.all(np.isfinite(sum(vectors, ()))) or min(vectors[0]) <= 0:
             raise Unusable("has a position, orientation or spacing that makes no sense.")
         if not np.allclose(header.axes() @ header.axes().T, np.eye(2), atol=1e-3):
             raise Unusable("has rows and columns that are not at right angles, or not of unit length.")
@@ -312,7 +321,7 @@ def _slice(key, shape):
 
 
 def _check_decoder(data, path):
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     decoder = get_decoder(data.file_meta.TransferSyntaxUID)
     if not decoder.is_available:

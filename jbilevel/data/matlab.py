@@ -87,7 +87,7 @@ class _Reader:
             raise Unusable(f"unpacks to more than {self.max_bytes} bytes.")
 
     def numbers(self, part, dtype: str) -> np.ndarray:
-        return np.frombuffer(part, np.dtype(dtype).newbyteorder(self.order))
+        return np.frombuffer(part, np.dtype(self.order + dtype))
 
     def element(self, content: memoryview) -> tuple[int, memoryview, memoryview]:
         """The type and content of the first data element, and what comes after it."""

@@ -195,6 +195,6 @@ def _affine(header, shape):
 
 def _stack(n, step, pixel):
     """How far the last of ``n`` slices has moved along a side of their pixels, how high it lies, and that side."""
-    way, size = (n - 1) * step, np.linalg.norm(pixel)
-    moved = abs(way @ pixel) / size
+    way, size = (n - 1) * step, float(np.linalg.norm(pixel))
+    moved = abs(float(way @ pixel)) / size
     return moved, math.sqrt(max(way @ way - moved**2, 0)), size

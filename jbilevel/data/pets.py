@@ -141,8 +141,11 @@ def stanford_dogs(root, split: str = "train", *, limit: int | None = None, max_p
     content = read_mat(source, ("file_list", "labels"), _MAX_LIST_BYTES)
     try:
         names = [str(np.asarray(cell).item()) for cell in content["file_list"].ravel()]
-        labels = [int(v) - 1 for v in content["labels"].ravel()]
-    except (AttributeError, TypeError, ValueError) as error:
+        numbers = content["labels"].ravel().tolist()
+        labels = [int(v) - 1 for v in numbers]
+        if any(k + 1 != v for k, v in zip(labels, numbers, strict=True)):
+            raise ValueError("labels are whole numbers")
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source} does not hold lists of names and numbers: {error}") from error
     if len(names) != len(labels) or not names or not all(0 <= k < 120 for k in labels):
         raise ValueError(

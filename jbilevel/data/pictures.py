@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def _pixels(picture):
     from PIL import ImageOps
 
     mode, modes = picture.mode, _raw_modes(picture)
-    tags = picture.tag_v2 if picture.format == "TIFF" else {_PHOTOMETRIC: 1}
+    tags: Any = picture.tag_v2 if picture.format == "TIFF" else {_PHOTOMETRIC: 1}
     if _PHOTOMETRIC not in tags:
         raise Unusable("does not say whether 0 is black or white: it lacks the tag PhotometricInterpretation.")
     kinds = set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))

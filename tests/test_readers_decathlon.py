@@ -350,3 +350,13 @@ def test_no_memory_is_taken_for_voxels_that_are_not_there(liver):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40_000_000
+
+
+def test_a_volume_is_in_memory_once_as_it_is_stored_and_once_as_it_is_returned(liver):
+    array = np.zeros((200, 200, 100), np.int16)
+    content = raw(array, scl_slope=2.0, scl_inter=1.0)
+    tracemalloc.start()
+    image = single(liver, content).image
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert image.flags.c_contiguous and peak < array.nbytes + 1.3 * image.nbytes + 2_000_000

@@ -137,8 +137,10 @@ def _volume(path, max_voxels, dimensions):
                 raise Unusable(f"is longer than its shape {shape} says.")
         affine = _affine(header, shape)
         turn = orientations.io_orientation(affine)
-        values = orientations.apply_orientation(_scaled(raw.reshape(shape, order="F"), header), turn)
+        values = orientations.apply_orientation(raw.reshape(shape, order="F"), turn)
         affine = affine @ orientations.inv_ornt_aff(turn, shape)
+        # Now x goes from the patient's left to the right, y to the front, z to the head.
+        image = _scaled(np.moveaxis(values, (0, 1, 2), (-1, -2, -3))[..., ::-1, ::-1], header)
     if not (header["sform_code"] or header["qform_code"]):
         warnings.warn(
             f"{path} does not say how it lies in space: its first axis is taken to go from the patient's right to the "
@@ -146,10 +148,8 @@ def _volume(path, max_voxels, dimensions):
             UserWarning,
             stacklevel=4,
         )
-    # Now x goes from the patient's left to the right, y to the front, z to the head.
-    values = np.moveaxis(values, (0, 1, 2), (-1, -2, -3))[..., ::-1, ::-1]
     x, y, z = (float(v) for v in voxel_sizes(affine))
-    return np.ascontiguousarray(values), (z, y, x), affine
+    return image, (z, y, x), affine
 
 
 def _announced(header, max_voxels, dimensions):
@@ -173,10 +173,9 @@ def _announced(header, max_voxels, dimensions):
 def _scaled(values, header):
     """Values times slope plus intercept, where the header has them, in single precision."""
     slope, intercept = header.get_slope_inter()
-    image = np.empty(values.shape, np.float32, order="F")
-    for k in range(values.shape[2]):  # in double precision, which would not fit into memory as a whole
-        part = values[:, :, k]
-        image[:, :, k] = part if slope is None else part * float(slope) + float(intercept)
+    image = np.empty(values.shape, np.float32)
+    for k in np.ndindex(values.shape[:-2]):  # in double precision, which would not fit into memory as a whole
+        image[k] = values[k] if slope is None else values[k] * float(slope) + float(intercept)
     return image
 
 

@@ -333,6 +333,57 @@ def test_forged_files(tmp_path, monkeypatch):
     refused("header is larger", {})
 
 
+@pytest.mark.parametrize("n", [1, 1000])
+def test_one_array_does_not_stand_for_many(tmp_path, n):
+    """Or a small file could ask for any amount of memory."""
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    io.save(good, [np.ones(3)])
+    with zipfile.ZipFile(good) as archive:
+        header = json.loads(archive.read("jbilevel.json"))
+    header["tree"]["children"] *= n
+    rewrite(good, bad, {"jbilevel.json": json.dumps(header)})
+    if n == 1:
+        np.testing.assert_array_equal(io.load(bad)[0][0], np.ones(3))
+    else:
+        with pytest.raises(ValueError, match="bad.npz cannot be loaded: its header names one array several times"):
+            io.load(bad)
+
+
+def test_members_cannot_lie_inside_each_other(tmp_path):
+    """A bomb without compression: each member has all that follow as its content."""
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    io.save(good, {"w": np.ones(300)})
+    inner = good.read_bytes()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
+        target.writestr("outer.npy", inner)
+        for info in source.infolist():
+            info.header_offset += len(target.infolist()[0].filename) + 30
+            target.filelist.append(info)
+            target.NameToInfo[info.filename] = info
+    with zipfile.ZipFile(bad) as archive:
+        assert archive.read("w.npy") == zipfile.ZipFile(good).read("w.npy")
+    with pytest.raises(ValueError, match="bad.npz cannot be loaded: its members are larger than the file"):
+        io.load(bad)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")  # would wait for ever
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name}.npz cannot be loaded: it is a folder or a device"):
+            io.load(tmp_path / f"{name}.npz")
+
+
+@both
+def test_headers_have_a_limit_in_both_directions(name, tmp_path, monkeypatch):
+    io.save(tmp_path / name, 0, {"note": "x" * 3000})
+    monkeypatch.setattr(io, "LARGEST_HEADER", 1000)
+    with pytest.raises(ValueError, match="cannot be loaded: its header is larger than [12]000 bytes"):
+        io.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"`meta` and the names in `params` need \d+ bytes, more than 1000"):
+        io.save(tmp_path / name, 0, {"note": "x" * 3000})
+
+
 # partition and combine
 
 

@@ -19,7 +19,7 @@ import numpy as np
 FORMAT = "jbilevel"
 VERSION = 1
 HEADER = "jbilevel.json"  # a file beside the arrays inside the npz; the key of the metadata in safetensors
-LARGEST_HEADER = 64 * 2**20
+LARGEST_HEADER = 16 * 2**20  # bytes; JSON takes twenty times as many in memory
 SCALARS = {"bool": bool, "int": int, "float": float, "complex": complex}
 PLAIN = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
@@ -43,6 +43,7 @@ def save(path, params, meta: dict | None = None) -> None:
 
     Raises:
       TypeError: a leaf is no number or array (the message names its path), or ``meta`` does not fit into JSON.
+      ValueError: ``meta`` and the names in ``params`` are larger than 16 MB; keep numbers in ``params``.
       FileNotFoundError: the folder does not exist.
       ImportError: ``.safetensors`` without the package.
 
@@ -62,6 +63,8 @@ def save(path, params, meta: dict | None = None) -> None:
         header = json.dumps({"format": FORMAT, "version": VERSION, "meta": meta or {}, "tree": tree}, default=_jsonable)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`meta` must hold what JSON can hold: {error}.") from error
+    if len(header) > LARGEST_HEADER:
+        raise ValueError(f"`meta` and the names in `params` need {len(header)} bytes, more than {LARGEST_HEADER}.")
     write = _write_safetensors if path.suffix == ".safetensors" else _write_npz
     with _atomic(path) as file:
         write(file, header, arrays)
@@ -85,13 +88,13 @@ def load(path, like=None) -> tuple[Any, dict]:
     """
     expected = None if like is None else _encode(like, (), _describe)
     header, arrays = _read(path)
-    with _blame(path):
+    with blame(path):
         if like is None:
             return _decode(header["tree"], arrays), header["meta"]
         difference = _difference(header["tree"], expected, "params")
     if difference:
         raise ValueError(f"{path} does not fit `like`: {difference}.")
-    with _blame(path):
+    with blame(path):
         leaves, structure = jax.tree.flatten(like)
         nodes = _leaves(header["tree"])
         values = [_restore(node, arrays, isinstance(r, np.ndarray)) for node, r in zip(nodes, leaves, strict=True)]
@@ -106,7 +109,7 @@ def read_meta(path) -> dict:
 def outline(path) -> str:
     """Structure and metadata of a file that `save` wrote, one line per leaf. Raises what `load` raises."""
     header, _ = _read(path, with_arrays=False)
-    with _blame(path):
+    with blame(path):
         lines = [f"{FORMAT} format {header['version']}", f"meta {json.dumps(header['meta'], indent=2)}"]
         lines += _lines(header["tree"], "params")
     # names come from the file: no control characters to the terminal
@@ -306,11 +309,13 @@ def _atomic(path: Path):
 
 
 @contextlib.contextmanager
-def _blame(path):
+def blame(path):
     """Whatever goes wrong while a file is taken apart is one ValueError that names the file."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} cannot be loaded: it is a folder or a device.")
     try:
         yield
-    except ImportError:
+    except (ImportError, FileNotFoundError, PermissionError):
         raise
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded: {error}.") from error
@@ -320,7 +325,7 @@ def _blame(path):
 
 
 def _read(path, with_arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
-    with open(path, "rb") as file, _blame(path):
+    with blame(path), open(path, "rb") as file:
         read = _read_safetensors if Path(path).suffix == ".safetensors" else _read_npz
         text, arrays = read(file, with_arrays)
         if text is None:
@@ -330,6 +335,9 @@ def _read(path, with_arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
             raise ValueError("its header is not one of jb.save")
         if header["version"] > VERSION:
             raise ValueError(f"it has format version {header['version']}, this jbilevel reads up to {VERSION}: upgrade")
+        names = [node["name"] for node in _leaves(header["tree"]) if "name" in node]
+        if len(set(names)) < len(names):  # a small file could stand for any number of large arrays
+            raise ValueError("its header names one array several times")
         return header, arrays
 
 
@@ -343,15 +351,22 @@ def _write_npz(file, header: str, arrays) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip by name, none of them compressed, which together fit into the ``size`` bytes of the file."""
+    members = {info.filename: info for info in archive.infolist()}
+    packed = [name for name, info in members.items() if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"its member {packed[0]!r} is compressed")
+    if sum(info.file_size for info in members.values()) > size:
+        raise ValueError("its members are larger than the file")
+    return members
+
+
 def _read_npz(file, with_arrays: bool):
-    size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if HEADER not in members:
+        if HEADER not in archive.namelist():
             return None, {}
-        for info in members.values():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-                raise ValueError(f"its member {info.filename!r} is compressed or larger than the file")
+        members = stored_members(archive, os.fstat(file.fileno()).st_size)
         if members[HEADER].file_size > LARGEST_HEADER:
             raise ValueError(f"its header is larger than {LARGEST_HEADER} bytes")
         text = archive.read(HEADER)
@@ -387,10 +402,21 @@ def _write_safetensors(file, header: str, arrays) -> None:
     file.write(_safetensors().numpy.save(stored, {HEADER: header}))
 
 
+def check_header(file) -> None:
+    """ValueError where a safetensors file announces a header that would take gigabytes when read."""
+    largest = 2 * LARGEST_HEADER  # ours, and the names and places of the arrays
+    if int.from_bytes(file.read(8), "little") > largest:
+        raise ValueError(f"its header is larger than {largest} bytes")
+    file.seek(0)
+
+
 def _read_safetensors(file, with_arrays: bool):
     package = _safetensors()
+    check_header(file)
     with package.safe_open(file.name, framework="numpy") as opened:
         text = (opened.metadata() or {}).get(HEADER)
+    if len(text or "") > LARGEST_HEADER:
+        raise ValueError(f"its header is larger than {LARGEST_HEADER} bytes")
     if text is None or not with_arrays:
         return text, {}
     arrays = {}

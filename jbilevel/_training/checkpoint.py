@@ -61,19 +61,25 @@ class Checkpoint:
         cure = "give another path or delete the file"
         if meta.get("kind") != KIND:
             raise ValueError(f"checkpoint={self.file} is no checkpoint of fit; {cure}.")
-        self._same_origin(meta["made by"], cure)
+        with io.blame(self.file):
+            steps, done, made_by = int(meta["steps"]), bool(meta["done"]), dict(meta["made by"])
+        self._same_origin(made_by, cure)
         template = jax.eval_shape(lambda p, batch: stepping.init(self.method, p, batch), params, self.source.first)
         try:
-            content, _ = io.load(self.file, self._like(template, meta))
+            with io.blame(self.file):
+                like = self._like(template, steps, int(meta["samples"]))
+            content, _ = io.load(self.file, like)
         except ValueError as error:
             raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {cure}.") from error
-        history = History(content["history"])
+        with io.blame(self.file):
+            history = History(content["history"])
+            history.failures()  # raises where a status is none
         state = content["state"]
         if self.source.changing and template.warm is not None:
             state = replace(state, warm=stepping.cold(self.method, state.params, self.source.first))
         store = dict(zip(content["index"].tolist(), zip(*content["warm"], strict=True), strict=True))
         work = history.last("work", 0.0)
-        return Run(state=state, steps=meta["steps"], work=work, done=meta["done"], store=store), history
+        return Run(state=state, steps=steps, work=work, done=done, store=store), history
 
     def _same_origin(self, made_by: dict, cure: str) -> None:
         keys = [key for key in dict.fromkeys([*self.origin, *made_by]) if self.origin.get(key) != made_by.get(key)]
@@ -81,16 +87,18 @@ class Checkpoint:
             changes = "; ".join(f"{key} was {made_by.get(key)}, now {self.origin.get(key)}" for key in keys[:3])
             raise ValueError(f"checkpoint={self.file} comes from another run: {changes}; {cure}.")
 
-    def _like(self, template, meta) -> dict[str, Any]:
-        """What the file must hold to belong to this run."""
-        samples = meta["samples"]
-        empty = History().arrays()
-        rows = [np.zeros((samples, *leaf.shape[1:]), leaf.dtype) for leaf in jax.tree.leaves(template.warm) if samples]
+    def _like(self, template, steps: int, samples: int) -> dict[str, Any]:
+        """What the file must hold to belong to this run: shapes that it announces, and no memory for them."""
+
+        def of(shape, dtype):
+            return np.broadcast_to(np.zeros((), dtype), shape)
+
+        leaves = jax.tree.leaves(template.warm) if samples else []
         return {
             "state": replace(template, warm=None) if self.source.changing else template,
-            "history": {name: np.zeros((meta["steps"],), column.dtype) for name, column in empty.items()},
-            "index": np.zeros((samples,), np.int64),
-            "warm": rows,
+            "history": {name: of((steps,), column.dtype) for name, column in History().arrays().items()},
+            "index": of((samples,), np.int64),
+            "warm": [of((samples, *leaf.shape[1:]), leaf.dtype) for leaf in leaves],
         }
 
 

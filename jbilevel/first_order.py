@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from jbilevel._core import brief
 from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState
@@ -27,6 +28,8 @@ class Average(NamedTuple):
 
     params: Any
     memory: Any  # optax.EmaState
+
+    __repr__ = brief.record
 
 
 @dataclass(frozen=True)

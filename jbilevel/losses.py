@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core import brief
+
 __all__ = [
     "Adversarial",
     "DenoisingScore",
@@ -50,6 +52,8 @@ class ImageLoss:
     target: Hashable = "x"
     mean: bool = False
     part: Hashable = None
+
+    __repr__ = brief.settings
 
     def __call__(self, params, x, data):
         """The loss of one sample; ``params`` is not used.
@@ -150,6 +154,8 @@ class DenoisingScore:
     noisy: Hashable = "y"
     target: Hashable = "x"
 
+    __repr__ = brief.settings
+
     def __call__(self, params, data):
         y = _clean(data, self.noisy)
         return squared_error(None)(
@@ -187,6 +193,8 @@ class Adversarial:
     naive: Hashable = "naive"
     target: Hashable = "x"
     mix: Hashable = "mix"
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         if not (math.isfinite(self.penalty) and self.penalty >= 0):
@@ -298,6 +306,8 @@ class Segmentation:
     ignore: int | None = None
     smoothing: float = 1.0
     present_only: bool = False
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         weights = {name: vars(self)[name] for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}

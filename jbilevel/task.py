@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from jbilevel import explicit
+from jbilevel._core import brief
 from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
 from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
@@ -54,6 +55,8 @@ class Pipeline:
     image: Callable | None = None
     measured: str | tuple[str, ...] = ("y",)
     labels: str = "labels"
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         for name, function in (("task", self.task), ("loss", self.loss)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jbilevel._core import io
+from jbilevel._core import brief, io
 from jbilevel._method.base import Method, require_oracle
 from jbilevel._training import stopping, warm_store
 from jbilevel._training.batches import END, Source, as_arrays, source
@@ -242,6 +242,10 @@ class Validation:
         self.oracle, self.batch, self.every, self.patience, self.tol = oracle, batch, every, patience, tol
         self.path, self._choose = None if path is None else Path(path), params
         self.params, self.value, self.step, self.history, self._seen = None, math.inf, None, [], False
+
+    def __repr__(self) -> str:
+        found = (f"{name}={brief.brief(vars(self)[name])}" for name in ("every", "patience", "value", "step"))
+        return brief.call("Validation", [brief.brief(self.oracle), *found])
 
     def __call__(self, step: int, state, info) -> bool:
         """Measures after every ``every``-th step; True when patience is at its end."""

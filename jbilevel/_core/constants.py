@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jbilevel._core import brief
+
 Constant = float | Callable[[Any, Any], Any] | None  # a number, or a function of (params, data), or unknown
 
 
@@ -22,6 +24,8 @@ class Constants(NamedTuple):
     mixed_lipschitz: Any = None
     mixed_norm: Any = None
 
+    __repr__ = brief.record
+
 
 class SaddleConstants(NamedTuple):
     """What certified hypergradients of a saddle point need beside the moduli: `jbilevel.errors.saddle_certificate`.
@@ -34,3 +38,5 @@ class SaddleConstants(NamedTuple):
     primal: Constants = Constants()
     dual: Constants = Constants()
     linear_mixed: Any = None
+
+    __repr__ = brief.record

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core import brief
+
 RUNNING = -1  # internal: a loop that has not stopped yet
 
 
@@ -59,6 +61,21 @@ _MESSAGES = {
 }
 
 
+def names(status) -> str:
+    """The names of status codes, with the number of samples that have each where there are several.
+
+    >>> names(np.array([0, 3, 0]))
+    '2 CONVERGED and 1 MAX_STEPS'
+    """
+    if status is None or not brief.known(status):
+        return brief.brief(status)
+    codes, counts = np.unique(np.asarray(status), return_counts=True)
+    found = [Status(code).name if code in set(Status) else f"{code}" for code in codes.tolist()]
+    if np.ndim(status):
+        found = [f"{count} {name}" for count, name in zip(counts, found, strict=True)]
+    return " and ".join(found)
+
+
 class ConvergenceError(RuntimeError):
     """A solve did not reach its tolerance; the message names the sample, the status and the residual."""
 
@@ -69,6 +86,9 @@ class Work(NamedTuple):
     values: Any
     gradients: Any
     products: Any
+
+    def __repr__(self) -> str:
+        return brief.record(self, **{name: brief.span(count) for name, count in self._asdict().items()})
 
     @classmethod
     def zero(cls) -> Work:
@@ -100,6 +120,10 @@ class SolveInfo(NamedTuple):
     error: Any
     evaluations: Work
 
+    def __repr__(self) -> str:
+        spans = {name: brief.span(number) for name, number in self._asdict().items()}
+        return brief.record(self, **spans | {"status": names(self.status), "evaluations": repr(self.evaluations)})
+
     @property
     def work(self):
         """Gradient-equivalents spent (see `Work.total`)."""
@@ -120,6 +144,8 @@ class Warm(NamedTuple):
     x: Any
     adjoint: Any
 
+    __repr__ = brief.record
+
 
 class Value(NamedTuple):
     """Upper-level value of a batch, without any adjoint solve.
@@ -134,6 +160,9 @@ class Value(NamedTuple):
     values: Any
     lower: SolveInfo
     warm: Warm
+
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status))
 
     @property
     def status(self):
@@ -167,6 +196,9 @@ class Hypergradient(NamedTuple):
     lower: SolveInfo
     adjoint: SolveInfo
 
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
+
     @property
     def status(self):
         """Worst status over samples and over both solves."""
@@ -196,6 +228,9 @@ class StepInfo(NamedTuple):
     work: Any
     status: Any
     done: Any
+
+    def __repr__(self) -> str:
+        return brief.record(self, status=names(self.status))
 
 
 def acceptable(status):

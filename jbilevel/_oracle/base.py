@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel._core import trees
+from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
-from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm
+from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names
 from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
 from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
 from jbilevel._oracle.batches import split as split_batch
@@ -40,6 +40,9 @@ class Sample(NamedTuple):
     bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
     gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
     residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
 
     def filled(self, exact: bool) -> Sample:
         """With arrays in place of what was left out."""
@@ -78,7 +81,7 @@ class Oracle(Contract, abstract="jb.Oracle"):
       chunk: samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere.
     """
 
-    in_axes: Any = 0
+    in_axes: Any = Axes.of(0)
     on_failure: str = "nan"
     chunk: int | str | None = "auto"
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import prox
-from jbilevel._core import trees
+from jbilevel._core import brief, trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._views.base import View
 
@@ -34,6 +34,8 @@ class SaddleView(View):
     steps: Any = None  # (tau, sigma) that a solver has to use, where the proxes only hold for these
     constants: SaddleConstants = SaddleConstants()
     linear_system: bool = False  # stop on the residual itself, as linear solves do, not on the error bound
+
+    __repr__ = brief.record
 
     @property
     def certified(self):

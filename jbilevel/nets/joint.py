@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core import brief
+
 
 class Terms(NamedTuple):
     """The two parts of a `JointLoss` for one sample, not weighted."""
@@ -54,6 +56,8 @@ class JointLoss:
     task_loss: Callable
     weight: float
     scales: tuple[float, float] = (1.0, 1.0)
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:

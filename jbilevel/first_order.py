@@ -24,7 +24,14 @@ class FirstOrderState(MethodState):
 
 
 class Average(NamedTuple):
-    """Exponential moving average of the parameters after each step."""
+    """Exponential moving average of the parameters after each step.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> state = FirstOrder(oracle, optax.sgd(0.5), average=0.9).init(jnp.array(1.0), jnp.array([2.0]))
+    >>> float(state.average.params)
+    1.0
+    """
 
     params: Any
     memory: Any  # optax.EmaState

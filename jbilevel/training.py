@@ -25,7 +25,11 @@ BEST = "best parameters of jbilevel.Validation"
 
 
 class FitStatus(enum.IntEnum):
-    """Why `fit` returned; ``message`` says it in a sentence (`FitResult.message` with the numbers of the run)."""
+    """Why `fit` returned; ``message`` says it in a sentence (`FitResult.message` with the numbers of the run).
+
+    >>> FitStatus.EXHAUSTED.message
+    'The batches ended before the steps did.'
+    """
 
     FINISHED = 0, "All steps were taken."
     CONVERGED = 1, "The method cannot improve any further, or a stop rule was met."
@@ -50,6 +54,12 @@ class FitResult:
     ``grad_norm``, ``error``, ``step``, ``tol``, ``adjoint_tol``, ``status`` (codes of `Status`) as the method reported
     them, ``seconds`` (without compilation) and ``work`` (gradient-equivalents so far); status, message: why it ended,
     in a sentence; steps: finished ones, with those before a resume; work: total; compile_seconds: spent on compiling.
+
+    >>> import jbilevel as jb, jax.numpy as jnp, optax
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> result = jb.fit(jb.FirstOrder(oracle, optax.sgd(0.5)), jnp.array(0.0), jnp.array([1.0, 3.0]), steps=3)
+    >>> result.status.name, result.steps, result.history["value"].tolist(), float(result.params)
+    ('FINISHED', 3, [2.5, 1.0, 0.625], 1.75)
     """
 
     params: Any = field(repr=False)

@@ -29,7 +29,13 @@ FAILURES = ("nan", "drop")
 
 
 class Sample(NamedTuple):
-    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact."""
+    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> info = jb.SolveInfo.exact(1.0)
+    >>> jb.Sample(value=jnp.array(0.5), warm=jb.Warm(None, None), lower=info, adjoint=info)
+    Sample(value=0.5, warm=Warm(x=None, adjoint=None), lower=CONVERGED, adjoint=CONVERGED)
+    """
 
     value: Any  # upper-level value at the computed x
     warm: Warm
@@ -79,6 +85,13 @@ class Oracle(Contract, abstract="jb.Oracle"):
       in_axes: sample axes of the batch, as for `jax.vmap`.
       on_failure: "nan": one bad sample makes the mean NaN; "drop": it leaves the mean.
       chunk: samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda p, d: 0.5 * (p - d) ** 2, on_failure="drop")
+    >>> params, batch = jnp.array(0.0), jnp.array([1.0, 3.0, jnp.nan])
+    >>> hg = oracle(params, batch, oracle.init(params, batch))
+    >>> float(hg.value), float(hg.grad), hg.values.tolist(), hg.lower.status.tolist()
+    (2.5, -2.0, [0.5, 4.5, nan], [0, 0, 5])
     """
 
     in_axes: Any = Axes.of(0)

@@ -20,7 +20,16 @@ POWER_STEPS, POWER_SAFETY = 30, 1.05
 
 @dataclass(frozen=True)
 class SaddleView(View):
-    """A saddle problem at fixed params and data, as solvers use it. A modulus is None where it is not known."""
+    """A saddle problem at fixed params and data, as solvers use it. A modulus is None where it is not known.
+
+    >>> import jbilevel as jb
+    >>> problem = jb.variational(None, jb.regularizers.TV())
+    >>> view = problem.view(jnp.array([0.0]), jnp.array([[0.0, 1.0]]))
+    >>> view.linear(jnp.array([[0.0, 1.0]])).tolist()  # differences down and to the right
+    [[[0.0, 0.0]], [[1.0, 0.0]]]
+    >>> float(view.mu_primal), view.mu_dual, view.certified  # the data term is strongly convex, the dual is not
+    (1.0, None, False)
+    """
 
     linear: Callable  # x -> K x
     transpose: Callable  # y -> K* y

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import StepInfo
-from jbilevel._method.base import Method, MethodState
+from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["Alternating", "AlternatingState", "Batches"]
 
@@ -116,7 +115,7 @@ class Alternating(Method):
         task = self.task.init(params["task"], self.batches.of_task(warm.x, batch))
         return _joined(warm, reconstruction, task)
 
-    @partial(jax.jit, static_argnums=0)
+    @compiled
     def step(self, state: AlternatingState, batch) -> tuple[AlternatingState, StepInfo]:
         now = self.oracle.value(state.params, batch, state.warm, tol=state.tol)
         seen = self.batches.of_task(now.warm.x, batch)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from jbilevel._core import brief
 from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
-from jbilevel._method.base import Method, MethodState
+from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["Average", "FirstOrder", "FirstOrderState"]
 
@@ -90,7 +88,7 @@ class FirstOrder(Method):
             average=None if self.average is None else Average(params, optax.ema(self.average).init(params)),
         )
 
-    @partial(jax.jit, static_argnums=0)
+    @compiled
     def step(self, state: FirstOrderState, batch) -> tuple[FirstOrderState, StepInfo]:
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         updates, optimizer = self.optimizer.update(hg.grad, state.optimizer, state.params)

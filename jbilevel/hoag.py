@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
-from jbilevel._method.base import Method, MethodState
+from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["HOAG", "HOAGState", "SCHEDULES"]
 
@@ -107,7 +105,7 @@ class HOAG(Method):
             previous_tol=first.tol,
         )
 
-    @partial(jax.jit, static_argnums=0)
+    @compiled
     def step(self, state: HOAGState, batch) -> tuple[HOAGState, StepInfo]:
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
 

@@ -13,7 +13,8 @@ from functools import partial
 import jax
 
 from jbilevel._core import trees
-from jbilevel._core.results import guard, raise_if_known
+from jbilevel._core.results import guard, raise_if_known, say_if_unsolved
+from jbilevel._core.settings import own_settings
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
@@ -127,9 +128,10 @@ def _solve(spec: Spec, params, data, x0, tol):
     return solution.x, solution.info
 
 
-def _hessian_solve(spec: Spec, params, data, x, rhs, adjoint_tol):
+def _hessian_solve(spec: Spec, params, data, x, rhs, bound):
     """H^{-1} rhs, itself differentiable in everything H depends on."""
-    q, info = _hessian_solve_jitted(spec, params, data, x, rhs, adjoint_tol)
+    q, info = _hessian_solve_jitted(spec, params, data, x, rhs, bound)
+    say_if_unsolved("adjoint_tol", bound.absolute, info)
     if spec.on_failure == "raise":
         raise_if_known(info, ADJOINT)
     return q
@@ -137,11 +139,11 @@ def _hessian_solve(spec: Spec, params, data, x, rhs, adjoint_tol):
 
 @partial(jax.jit, static_argnums=0)  # without jit, an eager gradient would compile the loop at every call
 @full_float32
-def _hessian_solve_jitted(spec: Spec, params, data, x, rhs, adjoint_tol):
+def _hessian_solve_jitted(spec: Spec, params, data, x, rhs, bound):
     product, lower = spec.view(params, data).linearize(x)[2], spec.lower
 
     def solve(product, b):
-        q, info = lower.linear_solver.solve(product, b, None, tol=adjoint_tol, max_steps=lower.max_products)
+        q, info = lower.linear_solver.solve(product, b, None, tol=bound.of(b), max_steps=lower.max_products)
         # NaN belongs to the solve itself: outside, it would be part of a map to be transposed
         return guard(q, info, spec.on_failure, ADJOINT), info
 
@@ -151,35 +153,37 @@ def _hessian_solve_jitted(spec: Spec, params, data, x, rhs, adjoint_tol):
 # The root carries the forward derivative, so that whatever differentiates `_argmin`'s forward pass again (grad of grad)
 # finds one; `_argmin` carries the reverse rule. Neither alone passes grad, vmap of grad, jvp of grad and grad of grad.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _root(spec: Spec, params, data, x0, tol, adjoint_tol):
+def _root(spec: Spec, params, data, x0, tol, bound):
     x, info = _solve(spec, params, data, x0, tol)
     return guard(x, info, spec.on_failure, LOWER), info
 
 
 @_root.defjvp
+@own_settings
 @full_float32
 def _root_jvp(spec: Spec, primals, tangents):
-    params, data, x0, tol, adjoint_tol = primals
-    x, info = _root(spec, params, data, x0, tol, adjoint_tol)
+    params, data, x0, tol, bound = primals
+    x, info = _root(spec, params, data, x0, tol, bound)
     gradient = lambda params, data: spec.view(params, data).gradient(x)  # noqa: E731
     change = jax.jvp(gradient, (params, data), (tangents[0], tangents[1]))[1]
-    moved = trees.neg(_hessian_solve(spec, params, data, x, change, adjoint_tol))
+    moved = trees.neg(_hessian_solve(spec, params, data, x, change, bound))
     return (x, info), (moved, jax.tree.map(constant, info))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _argmin(spec: Spec, params, data, x0, tol, adjoint_tol):
-    return _root(spec, params, data, x0, tol, adjoint_tol)
+def _argmin(spec: Spec, params, data, x0, tol, bound):
+    return _root(spec, params, data, x0, tol, bound)
 
 
-def _argmin_forward(spec: Spec, params, data, x0, tol, adjoint_tol):
-    x, info = _root(spec, params, data, x0, tol, adjoint_tol)
-    return (x, info), (params, data, x, adjoint_tol)
+def _argmin_forward(spec: Spec, params, data, x0, tol, bound):
+    x, info = _root(spec, params, data, x0, tol, bound)
+    return (x, info), (params, data, x, bound)
 
 
+@own_settings
 def _argmin_backward(spec: Spec, kept, cotangents):
-    params, data, x, adjoint_tol = kept
-    q = _hessian_solve(spec, params, data, x, cotangents[0], adjoint_tol)
+    params, data, x, bound = kept
+    q = _hessian_solve(spec, params, data, x, cotangents[0], bound)
     return *as_cotangents(_pull_back(spec, params, data, x, q), params, data), None, None, None
 
 

@@ -242,7 +242,7 @@ def cross_entropy(logits, labels, *, ignore: int | None = None):
     else:
         safe = jnp.where(valid, labels, 0)
         each = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), safe[None], axis=0)[0]
-    return jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(jnp.sum(valid.astype(logits.dtype)), 1.0)
 
 
 def dice(logits, labels, *, ignore: int | None = None, smoothing: float = 1.0, present_only: bool = False):
@@ -360,7 +360,7 @@ def _overlaps(logits, labels, ignore, present_only):
     else:
         classes = jnp.arange(logits.shape[0]).reshape((-1,) + (1,) * labels.ndim)
         p, g = jax.nn.softmax(logits, axis=0), labels[None] == classes
-    p, g = (jnp.where(valid[None], v, 0).astype(p.dtype).reshape(p.shape[0], -1) for v in (p, g))
+    p, g = (jnp.where(valid[None], v.astype(p.dtype), 0.0).reshape(p.shape[0], -1) for v in (p, g))
     true = jnp.sum(g, axis=1)
     return jnp.sum(p * g, axis=1), jnp.sum(p, axis=1), true, (true > 0) | (not present_only)
 

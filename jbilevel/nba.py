@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import Hypergradient, Status, StepInfo
 from jbilevel._method import steps
-from jbilevel._method.base import Method, MethodState
+from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["NBA", "NBAState", "SEARCHES", "stationarity"]
 
@@ -127,7 +126,7 @@ class NBA(Method):
             sharpened=jnp.zeros((), jnp.int32),
         )
 
-    @partial(jax.jit, static_argnums=0)
+    @compiled
     def step(self, state: NBAState, batch) -> tuple[NBAState, StepInfo]:
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
         first = self._first(state, hg.grad)

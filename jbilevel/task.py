@@ -21,7 +21,7 @@ from jbilevel import explicit
 from jbilevel._core import brief
 from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
-from jbilevel._core.validate import require_hashable, trace_scalar, validate_arrays
+from jbilevel._core.validate import arrays, require_hashable, trace_scalar
 from jbilevel._training.batches import is_changing, mapped
 from jbilevel._views.base import Problem
 from jbilevel.alternating import Alternating, Batches
@@ -139,7 +139,7 @@ class Pipeline:
                 raise ValueError(
                     f"the batch has no entry {name!r}, only {there}; name yours in `measured` and `labels`."
                 )
-        validate_arrays(batch, "batch")
+        batch = arrays(batch, "batch")
         x = self.oracle(batch).init(params, batch).x
         one, first = jax.tree.map(lambda v: v[0], (_samples(batch), x))
         logits = self._traced(params, first, one | {FROZEN: batch[FROZEN]})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jbilevel._core import brief, io
+from jbilevel._core.settings import own_settings
 from jbilevel._method.base import Method, require_oracle
 from jbilevel._training import stopping, warm_store
 from jbilevel._training.batches import END, Source, as_arrays, source
@@ -72,6 +73,7 @@ class FitResult:
     compile_seconds: float
 
 
+@own_settings
 def fit(
     method,
     params,

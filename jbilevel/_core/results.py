@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -331,6 +332,21 @@ def _failure(info: SolveInfo, worst: int, failed: int, total: int, what: str) ->
     residual = float(np.ravel(np.asarray(info.residual))[worst])
     where = f" of sample {worst} ({failed} of {total} samples failed)" if total > 1 else ""
     return f"{what}{where} ended {status.name} with residual {residual:.2e}: {status.message}"
+
+
+def say_if_unsolved(name: str, tol, info: SolveInfo, *, stacklevel: int = 4) -> None:
+    """Warn where a tolerance that was given let every solve end where it began, cold, though not at a solution."""
+    if tol is None or any(isinstance(leaf, jax.core.Tracer) for leaf in (tol, info.steps, info.residual)):
+        return
+    residual = np.asarray(info.residual)
+    if np.isfinite(tol) and np.all(residual > 0) and not np.any(np.asarray(info.steps)):
+        warnings.warn(
+            f"`{name}`={float(tol):.1e} is larger than what there is to solve, so nothing was: every solve ended at "
+            f"its cold start, with residual {np.max(residual):.1e}; make it smaller, or leave it out for one that is "
+            "relative to the problem.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def guard(tree, info: SolveInfo, on_failure: str, what: str):

@@ -54,7 +54,7 @@ def where(condition, a, b):
 
 
 def cast_like(a, reference):
-    return jax.tree.map(lambda u, r: jnp.asarray(u).astype(jnp.asarray(r).dtype), a, reference)
+    return jax.tree.map(lambda u, r: jnp.asarray(u).astype(jnp.result_type(r)), a, reference)
 
 
 def to_single(a):

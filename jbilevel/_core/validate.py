@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def start_shapes(problem, params, data, x0=None):
     """Shapes of the cold start, after the checks of arguments that all problems share; ``x0`` must have them too."""
-    validate_arrays(params, "params")
-    validate_arrays(data, "data")
-    start = jax.eval_shape(problem.start, params, data)
+    arrays(params, "params")
+    arrays(data, "data")
+    start = traced("init", problem.start, params, data)
     if x0 is not None:
         same_shapes(x0, start)
     return start
@@ -65,7 +66,9 @@ def refuse_derivatives(tree, what: str, instead: str):
 def trace_scalar(function, name: str, *arguments) -> None:
     """`require_scalar` of a user's function, with the shapes of one sample where the function does not fit them."""
     try:
-        out = jax.eval_shape(function, *arguments)
+        out = traced(name, function, *arguments)
+    except ClosedOver:
+        raise
     except TypeError as error:
         if "shape" not in str(error):
             raise
@@ -91,15 +94,48 @@ def require_hashable(thing) -> None:
         ) from error
 
 
-def validate_arrays(tree, name: str) -> None:
-    """Raise TypeError naming the first leaf that is not an array or a number."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        known = isinstance(leaf, (jax.Array, jax.core.Tracer, bool, int, float, complex))
-        if not known and getattr(getattr(leaf, "dtype", None), "kind", "O") in "OSUMm":
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not numbers; keep functions "
-                "and strings outside, e.g. with jb.partition(params, where) or equinox.partition(model, is_array)."
-            )
+def arrays(tree, name: str):
+    """The pytree as compiled functions may take it, after a look at every leaf: NumPy arrays in native byte order.
+
+    A function that was compiled for a shape and dtype reads foreign bytes as if they were native, without a word.
+
+    Raises:
+      TypeError: a leaf is no array and no number, or is of a dtype that JAX does not have; a list of lists of numbers,
+        which JAX takes for a tree of scalars. ValueError: a masked array.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_table)
+    return jax.tree.unflatten(treedef, [_array(leaf, f"{name}{jax.tree_util.keystr(path)}") for path, leaf in leaves])
+
+
+def _is_table(node) -> bool:
+    """Whether a node is a list of lists of numbers: an array, as it is written down."""
+    return isinstance(node, list) and bool(node) and all(isinstance(row, list) and _numbers(row) for row in node)
+
+
+def _numbers(row: list) -> bool:
+    return bool(row) and all(isinstance(v, (int, float, complex)) or (isinstance(v, list) and _numbers(v)) for v in row)
+
+
+def _array(leaf, name: str):
+    if isinstance(leaf, (jax.Array, jax.core.Tracer, bool, int, float, complex)):
+        return leaf
+    if isinstance(leaf, list):
+        raise TypeError(
+            f"{name} is a list of lists, which JAX takes for a tree of scalars; make it np.asarray({name})."
+        )
+    kind = getattr(getattr(leaf, "dtype", None), "kind", "O")
+    if kind in "OSUMm":
+        raise TypeError(
+            f"{name} is a {type(leaf).__name__}, not numbers; keep functions and strings outside, e.g. with "
+            "jb.partition(params, where) or equinox.partition(model, equinox.is_inexact_array)."
+        )
+    if not isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, whose mask would be lost; fill it, e.g. {name}.filled(0.0).")
+    if leaf.dtype.names or leaf.dtype.itemsize > (16 if kind == "c" else 8):
+        raise TypeError(f"{name} has dtype {leaf.dtype}, which JAX does not have; make it float64 or float32.")
+    return leaf if leaf.dtype.isnative else leaf.astype(leaf.dtype.newbyteorder("="))
 
 
 def same_shapes(x0, start) -> None:
@@ -110,11 +146,28 @@ def same_shapes(x0, start) -> None:
             raise ValueError(f"x0{jax.tree_util.keystr(path)} has shape {jnp.shape(a)}, init returns {b.shape}.")
 
 
-def no_closed_over_tracer(name: str, function, *arguments) -> None:
-    """A traced value hidden in a closure would get no gradient, silently."""
-    for constant in jax.make_jaxpr(function)(*arguments).consts:
+class ClosedOver(TypeError):
+    """A function closes over a traced value."""
+
+
+def traced(name: str, function, *arguments):
+    """Shapes of what a user's function returns; a traced value hidden in its closure would get no gradient, silently.
+
+    Raises:
+      ClosedOver: there is one.
+    """
+    try:
+        jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    except TypeError as error:
+        if "list" not in str(error):
+            raise
+        raise TypeError(
+            f"{name} met a list, which JAX takes for a tree; make lists of numbers arrays: {error}"
+        ) from error
+    for constant in jaxpr.consts:
         if isinstance(constant, jax.core.Tracer):
-            raise TypeError(
+            raise ClosedOver(
                 f"{name} closes over a traced value of shape {jnp.shape(constant)}; pass it through `params` or "
                 "`data`, otherwise no gradient would flow to it."
             )
+    return out

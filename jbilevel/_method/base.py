@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import Hypergradient, StepInfo
+from jbilevel._core.settings import own_settings
+from jbilevel._core.validate import arrays
 from jbilevel._oracle.base import Oracle
 
 
@@ -143,6 +147,18 @@ class Method(Contract, abstract="jb.Method"):
             status=hg.status if status is None else status,
             done=jnp.asarray(done),
         )
+
+
+def compiled(step: Callable) -> Callable:
+    """The ``step`` of a method, compiled once per method and shape; a batch of NumPy arrays is looked at first."""
+    jitted = jax.jit(step, static_argnums=0)
+
+    @own_settings
+    @wraps(step)
+    def take(self, state, batch):
+        return jitted(self, state, arrays(batch, "batch"))
+
+    return take
 
 
 def require_oracle(oracle: Any, name: str) -> None:

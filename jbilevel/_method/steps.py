@@ -8,28 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.validate import validate_arrays
+from jbilevel._core.validate import arrays
+from jbilevel._oracle.base import Scales
 from jbilevel.solvers import require_tolerance
-
-
-class Scales(NamedTuple):
-    """Sizes at the cold start, against which first tolerances are relative (absolute ones do not transfer)."""
-
-    solution: Any  # mean over samples of ||grad_x energy(x0)||/mu (of ||grad_x energy(x0)|| without mu)
-    adjoint: Any  # mean over samples of ||grad_x loss(x0)||
-
-
-def scales(oracle, params, batch) -> Scales:
-    """Ask the oracle for nothing: infinite tolerances return the cold start with its residuals."""
-    first = oracle(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf)
-    solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
-    return Scales(_finite_mean(solution), _finite_mean(first.adjoint.residual))
-
-
-def _finite_mean(sizes):
-    """Mean without samples that are NaN, which no accuracy is meant for."""
-    finite = jnp.isfinite(sizes)
-    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
 
 
 class Tolerances(NamedTuple):
@@ -45,7 +26,7 @@ def first_tolerances(oracle, params, batch, relative, tol=None, adjoint_tol=None
     if tol is not None and adjoint_tol is not None:
         return Tolerances(jnp.asarray(tol, float), jnp.asarray(adjoint_tol, float))
     nothing = jnp.zeros((), float)
-    measured = Scales(nothing, nothing) if oracle.exact else scales(oracle, params, batch)
+    measured = Scales(nothing, nothing) if oracle.exact else oracle.scales(params, batch)
     # a start that already solves the problem has scale 0, which no solve could meet
     least = 0.0 if oracle.exact else relative
 
@@ -63,7 +44,7 @@ def first_step(params, grad, relative=0.1):
 
 def project(projection, params):
     """P(params), with strong types: a Python number would make the first steps compile again."""
-    validate_arrays(params, "params")
+    params = arrays(params, "params")
     params = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), params)
     return params if projection is None else trees.cast_like(projection(params), params)
 

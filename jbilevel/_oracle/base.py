@@ -7,8 +7,9 @@ oracle (implicit, unrolled, ...) supplies what is done for one sample; this file
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -17,15 +18,25 @@ import numpy as np
 
 from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
-from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names
-from jbilevel._core.validate import refuse_derivatives, require_hashable, validate_arrays
+from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
+from jbilevel._core.settings import own_settings
+from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
 from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
 from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining
 from jbilevel._views.base import Problem
 from jbilevel.solvers import require_tolerance
+from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
+WEIGHTS = "sample_weight"  # entry of a batch
+
+
+class Scales(NamedTuple):
+    """Sizes at the cold start, against which tolerances are relative (absolute ones do not transfer)."""
+
+    solution: Any  # mean over samples of ||grad_x energy(x0)||/mu (of ||grad_x energy(x0)|| without mu)
+    adjoint: Any  # mean over samples of ||grad_x loss(x0)||
 
 
 class Sample(NamedTuple):
@@ -149,56 +160,86 @@ class Oracle(Contract, abstract="jb.Oracle"):
     def check(self, params) -> None:
         """Refuse params that the problem refuses, while their values are concrete."""
 
+    @own_settings
     def init(self, params, batch):
         """Cold warm start of every sample: fixed structure and shapes, so passing it never recompiles."""
         # before jit, whose own message would not say what to do
-        _validate_params(params)
-        validate_arrays(batch, "batch")
+        params, batch = _inputs(params, batch)
         return _init(self, params, batch)
 
-    def value(self, params, batch, warm=None, *, tol=1e-6, sample_weight=None) -> Value:
+    @own_settings
+    def scales(self, params, batch) -> Scales:
+        """Ask for nothing: infinite tolerances return the cold start with its residuals."""
+        first = self(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf)
+        solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
+        return Scales(_finite_mean(solution), _finite_mean(first.adjoint.residual))
+
+    @own_settings
+    def value(self, params, batch, warm=None, *, tol=None, sample_weight=None) -> Value:
         """Mean upper-level value, without any adjoint solve (for line searches).
 
         Args: as for `__call__`. The adjoint in ``warm``, where there is one, sharpens value and error for free.
         """
         params, batch = refuse_derivatives((params, batch), "of an oracle", "call the oracle and read `.grad`")
-        warm, tol = self._canonical(params, batch, warm, sample_weight, tol=tol)
-        return _value(self, params, batch, warm, tol, sample_weight)
+        call = self._canonical(params, batch, warm, sample_weight, tol=tol)
+        result = _value(self, *call)
+        if warm is None and not self.exact:
+            say_if_unsolved("tol", tol, result.lower)
+        return result
 
-    def __call__(self, params, batch, warm=None, *, tol=1e-6, adjoint_tol=None, sample_weight=None) -> Hypergradient:
+    @own_settings
+    def __call__(self, params, batch, warm=None, *, tol=None, adjoint_tol=None, sample_weight=None) -> Hypergradient:
         """Mean value and hypergradient over the batch.
 
         Args:
-          params: pytree of arrays. batch: pytree with a leading sample axis where in_axes says so.
-          warm: from ``init`` or a previous result (x and adjoint of each sample); cold when None.
-          tol: bound asked for ``||x - x_hat||_2`` per sample (``||grad||`` without strong convexity).
-          adjoint_tol: residual asked of the adjoint system per sample; tol when None. Both are traced.
-          sample_weight: (n,) nonnegative weights of the mean; uniform when None.
+          params: pytree of arrays. batch: pytree with a leading sample axis where in_axes says so. A mapping may hold
+            the weights of its samples, shape (n,), under "sample_weight".
+          warm: from ``init`` or a previous result (x and adjoint of each sample); cold when None. What of it is not
+            finite is replaced by the cold start, and dtypes are those of the cold start.
+          tol: bound asked for ``||x - x_hat||_2`` per sample (``||grad||`` without strong convexity); None: 1e-6 of
+            what it is at the cold start, in the mean over the samples.
+          adjoint_tol: residual asked of the adjoint system per sample. None: tol where that is given, else 1e-6 of
+            what it is at the cold start. Both are traced.
+          sample_weight: (n,) nonnegative weights of the mean; uniform when None. A sample of weight 0 is padding: it is
+            not solved (its loss is evaluated where it starts), and its status does not count.
 
         Raises:
-          ValueError: negative tolerance or weight, or leaves of the batch with different numbers of samples.
+          ValueError: negative tolerance or weight, weights without a finite positive sum or given twice, or leaves of
+            the batch with different numbers of samples.
           TypeError: a leaf of params or batch is not an array, or warm is not a `Warm`.
+
+        Warns where no sample takes a step from its cold start because the tolerance is larger than what there is to
+        solve.
         """
-        adjoint_tol = tol if adjoint_tol is None else adjoint_tol
         params, batch = refuse_derivatives((params, batch), "of an oracle", "read `.grad`, or use jb.implicit.argmin")
-        warm, *tols = self._canonical(params, batch, warm, sample_weight, tol=tol, adjoint_tol=adjoint_tol)
-        return _hypergradient(self, params, batch, warm, *tols, sample_weight)
+        asked = tol if adjoint_tol is None else adjoint_tol
+        call = self._canonical(params, batch, warm, sample_weight, tol=tol, adjoint_tol=asked)
+        result = _hypergradient(self, *call)
+        if warm is None and not self.exact:
+            say_if_unsolved("tol", tol, result.lower)
+            say_if_unsolved("adjoint_tol", asked, result.adjoint)
+        return result
 
     def _canonical(self, params, batch, warm, sample_weight, **tolerances):
-        """(warm, *tolerances) in one form whatever the caller gave, so that only one program is ever compiled.
+        """(params, batch, warm, *tolerances, weights) in one form whatever the caller gave, so that only one program is
+        ever compiled.
 
         What needs concrete values is checked here, before anything is traced.
         """
-        _validate_params(params)
+        params, batch = _inputs(params, batch)
         self.check(params)
-        validate_arrays(batch, "batch")
+        weight = _weights(batch, sample_weight)
         warm = self.init(params, batch) if warm is None else warm
         if not isinstance(warm, Warm):
             raise TypeError(f"`warm` must come from init or from a previous result, got {type(warm).__name__}.")
-        if sample_weight is not None and not isinstance(sample_weight, jax.core.Tracer):
-            if not np.all(np.asarray(sample_weight) >= 0):
-                raise ValueError("`sample_weight` must hold nonnegative numbers.")
-        return warm, *(require_tolerance(tol, name, warm.x, stacklevel=4) for name, tol in tolerances.items())
+        warm = _like(arrays(warm, "warm"), jax.eval_shape(partial(_init, self), params, batch))
+        given = {name: tol for name, tol in tolerances.items() if tol is not None}
+        given = {name: require_tolerance(tol, name, warm.x, stacklevel=5) for name, tol in given.items()}
+        if len(given) < len(tolerances):
+            scales = Scales(0.0, 0.0) if self.exact else self.scales(params, batch)
+            default = {"tol": RELATIVE * scales.solution, "adjoint_tol": RELATIVE * scales.adjoint}
+            given = {name: jnp.asarray(default[name], trees.dtype(warm.x)) for name in tolerances} | given
+        return params, batch, warm, *(given[name] for name in tolerances), weight
 
 
 def require_view(problem, view_type: type, name: str, wanted: str, instead: str) -> None:
@@ -217,6 +258,16 @@ class Chunk(NamedTuple):
     weight: Any
     may_leave: bool  # whether some may have to leave the mean
 
+    def over(self, solve: Callable):
+        """``solve(mapped, warm, ask)`` over the samples; ``ask`` of a tolerance: infinite for one of weight 0."""
+        if not self.may_leave:
+            return over_samples(lambda m, w: solve(m, w, lambda tol: tol))(self.mapped, self.start)
+
+        def one(mapped, warm, weight):
+            return solve(mapped, warm, lambda tol: jnp.where(weight == 0, jnp.inf, tol))
+
+        return over_samples(one)(self.mapped, self.start, self.weight)
+
     def kept(self, oracle: Oracle, samples: Sample):
         """Which samples count: not those of weight 0, nor, with on_failure="drop", bad ones."""
         kept = self.weight != 0
@@ -227,25 +278,86 @@ class Chunk(NamedTuple):
 def _init(oracle, params, batch):
     split = split_batch(batch, oracle.in_axes.tree())
     with _products(oracle):
-        return jax.vmap(lambda mapped: oracle.start(params, split.data(mapped)))(split.mapped)
+        return _cold(oracle, params, split, split.mapped)
+
+
+def _cold(oracle, params, split: Split, mapped) -> Warm:
+    return jax.vmap(lambda one: oracle.start(params, split.data(one)))(mapped)
+
+
+def _alive(oracle, params, split: Split, mapped, warm: Warm) -> Warm:
+    """The warm starts, with the cold one where x, or the adjoint, of a sample is not finite; else it stays bad."""
+
+    def finite(part):
+        each = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(part)]
+        return reduce(jnp.logical_and, each, jnp.asarray(True))
+
+    fine = [finite(part) for part in warm]
+
+    def replaced(_):
+        cold = _cold(oracle, params, split, mapped)
+        return Warm(
+            *(
+                jax.tree.map(
+                    lambda w, c, ok=ok: jnp.where(jnp.reshape(ok, (-1,) + (1,) * (w.ndim - 1)), w, c), part, start
+                )
+                for ok, part, start in zip(fine, warm, cold, strict=True)
+            )
+        )
+
+    # a conditional, because a cold start may cost as much as some steps
+    return jax.lax.cond(jnp.all(fine[0]) & jnp.all(fine[1]), lambda _: warm, replaced, None)
 
 
 def _products(oracle):
     return jax.default_matmul_precision(oracle.matmul_precision or jax.config.jax_default_matmul_precision)
 
 
-def _validate_params(params) -> None:
-    validate_arrays(params, "params")
+def _inputs(params, batch):
+    params, batch = arrays(params, "params"), arrays(batch, "batch")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not trees.is_inexact(leaf):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, which has no gradient; move it "
                 "into the data or use jb.partition."
             )
+    return params, batch
+
+
+def _weights(batch, sample_weight):
+    """The weights of the samples, from the argument or from the batch; None: uniform."""
+    inside = batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
+    if sample_weight is None:
+        sample_weight = inside
+    elif inside is not None:
+        raise ValueError(f"weights are given twice: leave out `sample_weight` or the entry {WEIGHTS!r} of the batch.")
+    if sample_weight is None or isinstance(sample_weight, jax.core.Tracer):
+        return sample_weight
+    weight = np.asarray(arrays(sample_weight, WEIGHTS))
+    if weight.dtype.kind not in "biuf" or not np.all(np.isfinite(weight) & (weight >= 0)):
+        raise ValueError(f"`{WEIGHTS}` must hold finite nonnegative numbers.")
+    if not np.any(weight > 0):
+        raise ValueError(f"`{WEIGHTS}` is zero for every sample, so there is no mean; give one a positive weight.")
+    return np.ldexp(weight, -np.frexp(np.max(weight))[1])  # exact, and neither a cast nor their sum overflows
+
+
+def _finite_mean(sizes):
+    """Mean without samples that are NaN, which no accuracy is meant for."""
+    finite = jnp.isfinite(sizes)
+    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
+
+
+def _like(warm, cold):
+    """The warm start in the dtypes of the cold one: another would pull the whole solve with it."""
+    if jax.tree.structure(warm) != jax.tree.structure(cold):
+        raise ValueError(
+            f"`warm` has the structure {jax.tree.structure(warm)}, this oracle starts from {jax.tree.structure(cold)}."
+        )
+    same = all(w.dtype == c.dtype for w, c in zip(jax.tree.leaves(warm), jax.tree.leaves(cold), strict=True))
+    return warm if same else trees.cast_like(warm, cold)
 
 
 def _prepare(oracle, params, batch, warm, sample_weight):
-    _validate_params(params)
     split = split_batch(batch, oracle.in_axes.tree())
     for path, leaf in jax.tree_util.tree_leaves_with_path(warm):
         if jnp.shape(leaf)[:1] != (split.count,):
@@ -256,11 +368,14 @@ def _prepare(oracle, params, batch, warm, sample_weight):
     dtype = jnp.result_type(trees.dtype(params), jnp.float32)
     if sample_weight is None:
         return split, jnp.full((split.count,), 1.0 / split.count, dtype)
-    weight = jnp.asarray(sample_weight, dtype)
+    weight = jnp.asarray(sample_weight)
     if weight.shape != (split.count,):
         raise ValueError(f"`sample_weight` must have shape ({split.count},), got {weight.shape}.")
-    # weights that say nothing (traced and negative, or all zero) make every mean NaN
-    weight = jnp.where(weight >= 0, weight, jnp.nan)
+    usable_weights = jnp.all(jnp.isfinite(weight) & (weight >= 0))
+    if jnp.issubdtype(weight.dtype, jnp.floating):  # traced ones, as in `_weights`
+        weight = jnp.ldexp(weight, -jnp.frexp(jnp.max(weight))[1])
+    # weights that say nothing (traced and negative, infinite, or all zero) make every mean NaN
+    weight = jnp.where(usable_weights, weight, jnp.nan).astype(dtype)
     return split, weight / jnp.sum(weight)
 
 
@@ -283,9 +398,11 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(carry, chunk):
-        (mapped, start), _ = chunk
+        (mapped, start), chunk_weight = chunk
         with _products(oracle):
-            samples = over_samples(lambda m, w: oracle.sample_value(params, split.data(m), w, tol))(mapped, start)
+            start = _alive(oracle, params, split, mapped, start)
+            some = Chunk(split, mapped, start, weight=chunk_weight, may_leave=sample_weight is not None)
+            samples = some.over(lambda m, w, ask: oracle.sample_value(params, split.data(m), w, ask(tol)))
         return carry, named(oracle, samples)
 
     _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
@@ -295,9 +412,19 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
 
 
 def _account(oracle, samples: Sample, weight):
-    """Samples and weights of the mean: unusable samples are NaN, or (on_failure="drop") leave it."""
+    """Samples and weights of the mean: unusable samples are NaN, or (on_failure="drop") leave it.
+
+    The status of padding does not count; weights that say nothing are NONFINITE for every sample.
+    """
     good = usable(samples)
-    samples = samples._replace(value=jnp.where(good, samples.value, jnp.nan))
+    status = jnp.where(weight == 0, Status.CONVERGED, samples.lower.status)
+    status = jnp.where(jnp.isnan(weight), Status.NONFINITE, status).astype(jnp.int32)
+    adjoint = jnp.where(weight == 0, Status.CONVERGED, samples.adjoint.status).astype(jnp.int32)
+    samples = samples._replace(
+        value=jnp.where(good, samples.value, jnp.nan),
+        lower=samples.lower._replace(status=status),
+        adjoint=samples.adjoint._replace(status=adjoint),
+    )
     if oracle.on_failure == "nan":
         return samples, weight
     weight = jnp.where(good, weight, 0.0)
@@ -333,6 +460,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         (mapped, start), chunk_weight = chunk
         may_leave = sample_weight is not None or oracle.on_failure == "drop"
         with _products(oracle):
+            start = _alive(oracle, params, split, mapped, start)
             some = Chunk(split, mapped, start, weight=chunk_weight, may_leave=may_leave)
             gradients, samples = oracle.gradients(params, some, tol, adjoint_tol)
         return jax.tree.map(jnp.add, total, gradients), samples

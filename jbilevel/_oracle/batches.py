@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import brief
-from jbilevel._core.validate import validate_arrays
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Split(NamedTuple):
 
 
 def split(batch, in_axes) -> Split:
-    validate_arrays(batch, "batch")
     leaves, treedef = jax.tree.flatten(batch)
     axes = []
     try:
@@ -68,7 +66,10 @@ def split(batch, in_axes) -> Split:
             continue
         name = f"batch{jax.tree_util.keystr(path)}"
         if not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
-            raise ValueError(f"{name} has shape {jnp.shape(leaf)} and no sample axis {axis}; set in_axes=None for it.")
+            raise ValueError(
+                f"{name} has shape {jnp.shape(leaf)} and no sample axis {axis}; "
+                "set in_axes=None for it, and make lists of numbers arrays."
+            )
         mapped.append(jnp.moveaxis(jnp.asarray(leaf), axis, 0))
         counts.append((name, mapped[-1].shape[0]))
     if not counts:

@@ -53,8 +53,10 @@ class PullBackOracle(Oracle, abstract="jb.PullBackOracle"):
         """A scalar whose gradient in params is the hypergradient of one sample, at a point of `sample`."""
 
     def gradients(self, params, chunk: Chunk, tol, adjoint_tol):
-        solve = over_samples(lambda m, w: self.sample(params, chunk.split.data(m), w, tol, adjoint_tol))
-        samples, points = solve(chunk.mapped, chunk.start)
+        def solve(mapped, warm, ask):
+            return self.sample(params, chunk.split.data(mapped), warm, ask(tol), ask(adjoint_tol))
+
+        samples, points = chunk.over(solve)
         samples, mapped, weight = named(self, samples), chunk.mapped, chunk.weight
         kept = chunk.kept(self, samples)
         if chunk.may_leave:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbilevel._core import trees
-from jbilevel._core.results import guard
+from jbilevel._core.results import guard, say_if_unsolved
+from jbilevel._core.settings import own_settings
+from jbilevel._core.validate import arrays
 from jbilevel._oracle.systems import Lower
 from jbilevel.solvers import require_tolerance
-from jbilevel.solvers.loop import full_float32, start_jitted
+from jbilevel.solvers.loop import RELATIVE, default_tolerance, full_float32, start_jitted
 
+DIGITS = 1e-3
 LOWER, ADJOINT = "the lower-level solve", "the adjoint solve"
 
 
@@ -35,20 +39,56 @@ class Spec:
 
 
 def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
-    """``solve(spec, params, data, x0, tol, adjoint_tol) -> (x, info)`` behind the checks and the cold start."""
+    """``solve(spec, params, data, x0, tol, bound) -> (x, info)`` behind the checks and the cold start."""
     problem = spec.lower.problem
 
-    def solution(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+    @own_settings
+    def solution(params, data, x0=None, *, tol=None, adjoint_tol=None):
+        params, data, x0 = arrays(params, "params"), arrays(data, "data"), arrays(x0, "x0")
         problem.check(params)
         problem.validate(params, data, x0)
         start = start_jitted(problem, params, data)
-        x0 = start if x0 is None else trees.cast_like(x0, start)
-        adjoint_tol = tol if adjoint_tol is None else adjoint_tol
-        tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
-        x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        cold = x0 is None
+        x0 = start if cold else trees.where(trees.all_finite(x0), trees.cast_like(x0, start), start)
+        if tol is None:
+            asked = default_tolerance(problem, spec.lower.solver, *jax.lax.stop_gradient((params, data)))
+        else:
+            asked = require_tolerance(tol, "tol", x0)
+        bound = _bound(tol, adjoint_tol, x0)
+        try:
+            x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), asked, bound)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "a solution has derivatives in reverse mode only: use jax.grad, jax.jacrev or jax.vjp; jax.jvp of a "
+                "gradient, and jax.hessian by jax.jacfwd(jax.grad(...)), work for jb.implicit.argmin."
+            ) from error
+        if cold:
+            say_if_unsolved("tol", tol, info)
         return (x, jax.lax.stop_gradient(info)) if with_info else x
 
     return solution
+
+
+class Bound(NamedTuple):
+    """What is asked of the residual of an adjoint system with right-hand side b: min(absolute, relative ||b||)."""
+
+    absolute: Any
+    relative: Any
+
+    def of(self, b):
+        return jnp.minimum(self.absolute, self.relative * trees.norm(b))
+
+
+def _bound(tol, adjoint_tol, x0) -> Bound:
+    """As `adjoint_tol` says; else ``tol``, but three digits in any unit; else relative."""
+    dtype = trees.dtype(x0)
+    if adjoint_tol is not None:
+        return Bound(require_tolerance(adjoint_tol, "adjoint_tol", x0), jnp.asarray(jnp.finfo(dtype).max, dtype))
+    if tol is not None:
+        return Bound(jnp.asarray(tol, dtype), jnp.asarray(DIGITS, dtype))
+    return Bound(jnp.asarray(jnp.inf, dtype), jnp.asarray(RELATIVE, dtype))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -59,30 +99,32 @@ def _solve(spec: Spec, params, data, x0, tol):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def once(spec: Spec, params, data, x0, tol, adjoint_tol):
+def once(spec: Spec, params, data, x0, tol, bound: Bound):
     """(x, info), differentiable once, in reverse mode, by the adjoint of the lower level's system."""
-    return _forward(spec, params, data, x0, tol, adjoint_tol)[0]
+    return _forward(spec, params, data, x0, tol, bound)[0]
 
 
-def _forward(spec: Spec, params, data, x0, tol, adjoint_tol):
+def _forward(spec: Spec, params, data, x0, tol, bound):
     x, kept, info = _solve(spec, params, data, x0, tol)
     x = guard(x, info, spec.on_failure, LOWER)
-    return (x, info), (params, data, x, kept, adjoint_tol)
+    return (x, info), (params, data, x, kept, bound)
 
 
+@own_settings
 def _backward(spec: Spec, residuals, cotangents):
     params, data, *rest = residuals
     gradients, info = _pull_back(spec, params, data, *rest, cotangents[0])
+    say_if_unsolved("adjoint_tol", rest[-1].absolute, info)
     gradients = guard(gradients, info, spec.on_failure, ADJOINT)
     return *as_cotangents(gradients, params, data), None, None, None
 
 
 @partial(jax.jit, static_argnums=0)
 @full_float32
-def _pull_back(spec: Spec, params, data, x, kept, adjoint_tol, cotangent):
+def _pull_back(spec: Spec, params, data, x, kept, bound: Bound, cotangent):
     """Gradient of <cotangent, x> in each leaf of (params, data), None for integer leaves."""
     system = spec.lower.restore(spec.view(params, data), x, kept)
-    adjoint = system.adjoint(cotangent, trees.zeros_like(x), adjoint_tol)
+    adjoint = system.adjoint(cotangent, trees.zeros_like(x), bound.of(cotangent))
     point = system.at_adjoint(adjoint).point(adjoint)
     return leaf_gradients(lambda *at: -spec.lower.pairing(spec.view(*at), *point), params, data), adjoint.info
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core.validate import arrays
+
 END = object()
 
 
@@ -53,15 +55,7 @@ def mapped(batches, function):
 
 def as_arrays(tree, name: str):
     """The pytree with JAX arrays as leaves; TypeError with the path of a leaf that is none."""
-
-    def convert(path, leaf):
-        try:
-            return jnp.asarray(leaf)
-        except TypeError as error:
-            what = f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}"
-            raise TypeError(f"{what}, not an array; keep it outside, e.g. with jb.partition.") from error
-
-    return jax.tree_util.tree_map_with_path(convert, tree)
+    return jax.tree.map(jnp.asarray, arrays(tree, name))
 
 
 def _is_iterable(batches) -> bool:

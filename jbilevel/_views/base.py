@@ -72,7 +72,7 @@ class Problem(Contract, abstract="jb.Problem"):
 
     def check(self, params: Any) -> None:
         """Refuse params that are wrong, with a sentence, while their values are concrete. Called outside jit."""
-        validate.validate_arrays(params, "params")
+        validate.arrays(params, "params")
 
     def validate(self, params: Any, data: Any, x0: Any = None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""

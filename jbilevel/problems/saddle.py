@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jbilevel import piggyback, prox
 from jbilevel._core import trees
 from jbilevel._core.constants import SaddleConstants
-from jbilevel._core.validate import as_start, no_closed_over_tracer, require_hashable, start_shapes
+from jbilevel._core.validate import as_start, require_hashable, start_shapes, traced
 from jbilevel._views.base import Problem
 from jbilevel._views.saddle import POWER_SAFETY, SaddleView, apart, power_norm, random_like
 from jbilevel.solvers.pdhg import PDHG
@@ -136,8 +136,10 @@ class SaddleProblem(Problem):
         if self.transpose is not None:
             calls["transpose"] = (self.transpose, (params, y, data), x)
         for name, (function, arguments, like) in calls.items():
-            no_closed_over_tracer(f"`{name}`", function, *arguments)
-            prox.same_output(jax.eval_shape(function, *arguments), like, f"`{name}` of a SaddleProblem")
+            prox.same_output(traced(f"`{name}`", function, *arguments), like, f"`{name}` of a SaddleProblem")
+        for name in ("mu_primal", "mu_dual", "norm", "constants", "scaling"):
+            if callable(vars(self)[name]):
+                traced(f"`{name}`", vars(self)[name], params, data)
         self._require_transpose(params, data, y)
 
     def _require_transpose(self, params, data, y) -> None:

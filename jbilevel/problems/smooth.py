@@ -15,10 +15,10 @@ from jbilevel._core import trees
 from jbilevel._core.constants import Constant, Constants
 from jbilevel._core.validate import (
     as_start,
-    no_closed_over_tracer,
     require_hashable,
     start_shapes,
     trace_scalar,
+    traced,
 )
 from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
@@ -113,8 +113,10 @@ class SmoothProblem(Problem):
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
         start = start_shapes(self, params, data, x0)
-        no_closed_over_tracer("energy", self.energy, params, start, data)
         trace_scalar(self.energy, "energy", params, start, data)
+        for name in Constants._fields:
+            if callable(vars(self)[name]):
+                traced(f"`{name}`", vars(self)[name], params, data)
 
     def default_solver(self) -> NewtonCG:
         return NewtonCG()

@@ -14,12 +14,12 @@ import numpy as np
 from jbilevel import nonsmooth
 from jbilevel._core.constants import Constant, Constants
 from jbilevel._core.validate import (
+    arrays,
     as_start,
-    no_closed_over_tracer,
     require_hashable,
     start_shapes,
     trace_scalar,
-    validate_arrays,
+    traced,
 )
 from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
@@ -121,8 +121,8 @@ class WeightedL1Problem(Problem):
 
     def check(self, params) -> None:
         """Refuse params with weights that are negative or not finite, while their values are concrete."""
-        validate_arrays(params, "params")
-        no_closed_over_tracer("weights", self._weights, params)
+        params = arrays(params, "params")
+        traced("weights", self._weights, params)
         for weight in jax.tree.leaves(_concrete(self, params)):
             if isinstance(weight, jax.core.Tracer):  # under jit all values are
                 return
@@ -141,9 +141,11 @@ class WeightedL1Problem(Problem):
     def validate(self, params, data, x0=None) -> None:
         """Check, at trace time and without computing, what would otherwise fail far from its cause."""
         start = start_shapes(self, params, data, x0)
-        no_closed_over_tracer("smooth", self.smooth, params, start, data)
-        no_closed_over_tracer("weights", self._weights, params)
         trace_scalar(self.smooth, "smooth", params, start, data)
+        traced("weights", self._weights, params)
+        for name in ("strong_convexity", "smoothness"):
+            if callable(vars(self)[name]):
+                traced(f"`{name}`", vars(self)[name], params, data)
         jax.eval_shape(lambda: self._like(start, self._weights(params)))
 
     def default_solver(self) -> ForwardBackward:

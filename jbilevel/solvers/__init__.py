@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import SolveInfo
-from jbilevel._core.validate import refuse_derivatives, validate_arrays
+from jbilevel._core.results import SolveInfo, say_if_unsolved
+from jbilevel._core.settings import own_settings
+from jbilevel._core.validate import arrays, refuse_derivatives
 from jbilevel.solvers.agd import AGD as AGD
 from jbilevel.solvers.agd import GradientDescent as GradientDescent
 from jbilevel.solvers.apg import NonmonotoneAPG as NonmonotoneAPG
@@ -19,7 +20,7 @@ from jbilevel.solvers.lbfgs import LBFGS as LBFGS
 from jbilevel.solvers.linear import CG as CG
 from jbilevel.solvers.linear import MINRES as MINRES
 from jbilevel.solvers.linear import LinearSolver as LinearSolver
-from jbilevel.solvers.loop import solve_jitted, start_jitted
+from jbilevel.solvers.loop import default_tolerance, solve_jitted, start_jitted
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
@@ -41,16 +42,17 @@ __all__ = [
 ]
 
 
-def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
+@own_settings
+def solve(problem, params, data, x0=None, *, tol=None, max_steps=5000, solver=None) -> tuple[object, SolveInfo]:
     """Solve one sample's lower-level problem, x_hat = argmin_x energy(params, x, data), or a saddle point (x, y).
 
     Args:
       problem: `SmoothProblem`, `SaddleProblem`, `WeightedL1Problem` (or any with a default solver).
       params, data: pytrees of arrays.
-      x0: warm start, shaped like ``problem.init(params, data)``; the cold start when None.
-      tol: absolute tolerance (traced: changing it does not recompile). With ``strong_convexity`` known it bounds
-        ``||x - x_hat||_2`` through ``||grad||/mu <= tol``, else it bounds ``||grad||_2`` (of weighted l1 problems the
-        forward-backward residual).
+      x0: warm start, shaped like ``problem.init(params, data)``; the cold start when None, or where it is not finite.
+      tol: absolute tolerance (traced: changing it does not recompile); None: 1e-6 of what the cold start meets. With
+        ``strong_convexity`` known it bounds ``||x - x_hat||_2`` through ``||grad||/mu <= tol``, else it bounds
+        ``||grad||_2`` (of weighted l1 problems the forward-backward residual).
       max_steps: step limit (traced).
       solver: see `jbilevel.solvers`; None takes the problem's default (`NewtonCG` for smooth problems,
         `ForwardBackward` for weighted l1, `PDHG` for saddle points, where ``tol`` bounds ``||x - x_hat||_2`` of the
@@ -63,18 +65,22 @@ def solve(problem, params, data, x0=None, *, tol=1e-6, max_steps=5000, solver=No
     Raises:
       ValueError: tol is negative, or x0 does not have the shape that init gives.
       TypeError: a leaf of params or data is not an array, or energy closes over a traced value.
+
+    Warns where ``tol`` is larger than what there is to solve.
     """
     solver = problem.default_solver() if solver is None else solver
     problem.check(params)
-    validate_arrays(data, "data")
+    params, data, x0 = arrays(params, "params"), arrays(data, "data"), arrays(x0, "x0")
     params, data = refuse_derivatives((params, data), "of jb.solve", "use jb.implicit.argmin")
-    x0 = start_jitted(problem, params, data) if x0 is None else x0
-    tol = require_tolerance(tol, "tol", x0)
-    solution = solve_jitted(problem, solver, params, data, x0, tol, max_steps)
+    start = start_jitted(problem, params, data) if x0 is None else x0
+    asked = default_tolerance(problem, solver, params, data) if tol is None else require_tolerance(tol, "tol", start)
+    solution = solve_jitted(problem, solver, params, data, start, asked, max_steps)
+    if x0 is None:
+        say_if_unsolved("tol", tol, solution.info)
     return solution.x, solution.info
 
 
-def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 3):
+def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 4):
     """The tolerance as an array of the dtype of x, so that numbers and arrays share one compilation.
 
     A concrete tolerance is checked (a traced one cannot be), with a warning where it lies below the dtype's precision.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import RUNNING
 
@@ -35,6 +37,10 @@ class Solver(Contract, abstract="jb.Solver"):
     @abstractmethod
     def step(self, view, state, target) -> Any:
         """The state after one step more."""
+
+    def first_residual(self, view, x0) -> Any:
+        """The residual where a solve from x0 begins: what default tolerances are relative to."""
+        return self.init(view, x0, jnp.inf).residual
 
     def value(self, state) -> Any:
         """What has to fall besides the residual for a step to count as progress: the energy, where it is known."""

@@ -23,7 +23,7 @@ class External(Solver):
     tolerance on ``||grad energy||_2`` (traced, like max_steps). Its result is not believed: one gradient is evaluated
     there, and status, residual and error are ours. CONVERGED when the residual meets the tolerance; PRECISION when the
     residual is rounding (only where the problem's ``smoothness`` is known); NONFINITE; else STAGNATED, since the call
-    has ended and a repetition would end alike. ``info.steps`` is 0.
+    has ended and a repetition would end alike. ``info.steps`` is 1, the call.
 
     Args:
       run: traceable by JAX (jit, vmap); another solver enters through ``jax.pure_callback``. Differentiation never
@@ -59,6 +59,9 @@ class External(Solver):
         smoothness = view.constants.smoothness
         curvature = jnp.asarray(0.0 if smoothness is None else smoothness, residual.dtype)
         return Iterate(x, gradient, residual, curvature, Work.zero().plus(gradients=gradients + 1), value)
+
+    def first_residual(self, view, x0):
+        return trees.norm(view.gradient(x0))
 
     def step(self, view, state: Iterate, target) -> Iterate:
         return state

@@ -22,6 +22,8 @@ FLOOR_FACTOR = 256.0
 PATIENCE_AT_FLOOR = 10
 # relative decrease of the energy that is more than rounding
 DECREASE = 64.0
+# accuracy asked for where none is given, of the size at the cold start
+RELATIVE = 1e-6
 
 
 def full_float32(function):
@@ -129,7 +131,8 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     state = solver.init(view, x0, target, max_steps) if solver.one_shot else solver.init(view, x0, target)
     zero = jnp.zeros((), jnp.int32)
     worst = jnp.full_like(state.residual, jnp.inf)
-    first = judge(_Progress(state, zero, worst, worst, zero, zero))
+    taken = zero + 1 if solver.one_shot else zero
+    first = judge(_Progress(state, taken, worst, worst, zero, zero))
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
     info = SolveInfo(last.status, last.steps, state.residual, view.error_bound(state.residual), state.evaluations)
@@ -145,7 +148,21 @@ def start_jitted(problem, params, data):
 
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
+def default_tolerance(problem, solver, params, data):
+    """`RELATIVE` times the tolerance that the cold start would meet, 0 where that is not finite."""
+    params, data = jax.lax.stop_gradient((params, data))
+    problem.validate(params, data)
+    view, x0 = problem.view(params, data), problem.start(params, data)
+    size = solver.first_residual(view, x0) / view.tolerance_scale
+    return jnp.where(jnp.isfinite(size), RELATIVE * size, 0.0).astype(trees.dtype(x0))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@full_float32
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
     problem.validate(params, data, x0)
-    x0 = trees.cast_like(x0, problem.start(params, data))
+    start = problem.start(params, data)
+    x0 = trees.cast_like(x0, start)
+    # from NaN every solve would end at once
+    x0 = jax.lax.cond(trees.all_finite(x0), lambda _: x0, lambda _: start, None)
     return run(solver, problem.view(params, data), x0, tol, max_steps)._replace(state=None)

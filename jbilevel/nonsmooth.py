@@ -69,7 +69,7 @@ class Oracle(AdjointOracle):
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> lasso = jb.WeightedL1Problem(
     ...     lambda p, x, d: 0.5 * jnp.sum((x - d["y"]) ** 2), lambda p, d: jnp.zeros_like(d["y"]), strong_convexity=1.0)
-    >>> oracle = jb.nonsmooth.Oracle(lasso, jb.losses.squared_error())
+    >>> oracle = jb.nonsmooth.Oracle(lasso, jb.losses.squared_error(), estimate=False)
     >>> hg = oracle(jnp.array(0.0), {"y": jnp.array([[3.0, 0.5]]), "x": jnp.array([[1.0, 0.0]])}, tol=1e-4)
     >>> round(float(hg.value), 3), round(float(hg.grad), 3)  # of (3 - exp(p) - 1)^2/2, the other entry stays 0
     (0.5, -1.0)

@@ -35,7 +35,7 @@ class ConvNet(nnx.Module):
       dtype: what the convolutions compute in, such as ``jnp.bfloat16``; None: that of parameters and input.
 
     >>> net = ConvNet(1, 2, dims=2, width=4, depth=2, rngs=nnx.Rngs(0))
-    >>> net(jnp.ones((6, 5, 1))).shape, len(net.convs), len(net.slopes)
+    >>> jax.eval_shape(net, jnp.ones((6, 5, 1))).shape, len(net.convs), len(net.slopes)
     ((6, 5, 2), 2, 1)
     """
 

@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -82,18 +83,27 @@ def minimise(
     flat, assemble = ravel_pytree(params)
     start = np.asarray(flat, np.float64)
     _check(start, budget, tol, radius)
+    accuracy = _Accuracy(
+        tol=float(tol),
+        finest=float(1e-4 * tol if finest is None else finest),
+        radius=radius * max(1.0, np.max(np.abs(start))),
+    )
     run = _Run(
         oracle,
         batch,
         assemble=lambda point: assemble(jnp.asarray(point, flat.dtype)),
         sample_weight=sample_weight,
         budget=budget,
-        tol=tol,
-        finest=1e-4 * tol if finest is None else finest,
-        radius=radius * max(1.0, np.max(np.abs(start))),
+        accuracy=accuracy,
         callback=callback,
     )
-    settings = {"rhobeg": run.radius, "objfun_has_noise": True, "do_logging": False, "maxfun": 10**6, **(options or {})}
+    settings = {
+        "rhobeg": accuracy.radius,
+        "objfun_has_noise": True,
+        "do_logging": False,
+        "maxfun": 10**6,
+        **(options or {}),
+    }
     if lower is not None or upper is not None:
         settings["bounds"] = (_bound(lower, params, -1e20), _bound(upper, params, 1e20))
     state, status = None, FitStatus.CONVERGED
@@ -121,13 +131,27 @@ def minimise(
     )
 
 
-class _Run:
-    """The objective as the package calls it: point -> residuals, with accuracy, warm start and books kept here."""
+@dataclass(frozen=True)
+class _Accuracy:
+    """The dynamic accuracy: tol at distance ``radius`` from the best point, finer closer to it, ``finest`` at least."""
 
-    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, tol, finest, radius, callback):
+    tol: float
+    finest: float
+    radius: float
+
+    def at(self, point, best) -> float:
+        if best is None:
+            return self.tol
+        closeness = min(1.0, float(np.linalg.norm(point - best)) / self.radius)
+        return float(max(self.finest, self.tol * closeness**2))
+
+
+class _Run:
+    """The objective as the package calls it: point -> residuals, with warm start and books kept here."""
+
+    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, accuracy: _Accuracy, callback):
         self.oracle, self.batch, self.assemble, self.weight = oracle, batch, assemble, sample_weight
-        self.budget, self.tol, self.finest, self.radius = budget, tol, finest, radius
-        self.callback = callback
+        self.budget, self.accuracy, self.callback = budget, accuracy, callback
         self.best, self.best_value, self.warm = None, math.inf, None
         self.work, self.rows, self.stopped = 0.0, [], False
         self.compile_seconds = 0.0
@@ -135,7 +159,7 @@ class _Run:
     def __call__(self, point):
         if self.work >= self.budget:
             raise _Spent
-        tol, began = self._accuracy(point), time.perf_counter()
+        tol, began = self.accuracy.at(point, self.best), time.perf_counter()
         params = self.assemble(point)
         warm = self.oracle.init(params, self.batch) if self.warm is None else self.warm
         found = self.oracle.value(params, self.batch, warm, tol=tol, sample_weight=self.weight)
@@ -156,12 +180,6 @@ class _Run:
             raise _Spent
         # a point where the lower level failed is very bad, not the end of the run
         return np.sqrt(np.where(np.isfinite(values), values, 1e20) * self._weights(values.size))
-
-    def _accuracy(self, point) -> float:
-        if self.best is None:
-            return float(self.tol)
-        closeness = min(1.0, float(np.linalg.norm(point - self.best)) / self.radius)
-        return float(max(self.finest, self.tol * closeness**2))
 
     def _weights(self, count: int):
         if self.weight is None:

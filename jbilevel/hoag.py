@@ -118,7 +118,7 @@ class HOAG(Method):
         length = jnp.where(rejected, 0.5 * length, jnp.where(~first & decreased, length / 0.95, length))
 
         # a move to where the energy overflows is taken back like any other, and its NaN forgotten
-        lost = ~first & ~jnp.isfinite(hg.value)
+        nonfinite = ~first & ~jnp.isfinite(hg.value)
         base = trees.where(rejected, state.previous, state.params)
         grad = trees.where(rejected, state.previous_grad, hg.grad)
         params, _ = steps.projected_step(self.projection, base, grad, length)
@@ -126,7 +126,7 @@ class HOAG(Method):
         factor = self._factor(shrink, k)
         following = HOAGState(
             params=params,
-            warm=trees.where(lost, state.warm, hg.warm),
+            warm=trees.where(nonfinite, state.warm, hg.warm),
             tol=factor * state.first_tol,
             adjoint_tol=factor * state.first_adjoint_tol,
             first_tol=state.first_tol,
@@ -140,13 +140,13 @@ class HOAG(Method):
             previous_tol=state.tol,
         )
         info = self.report(hg, state, step=jnp.where(rejected, 0.0, length))
-        return following, info._replace(value=jnp.where(lost, state.value, hg.value))
+        return following, info._replace(value=jnp.where(nonfinite, state.value, hg.value))
 
     def _first_length(self, params, grad):
         if self.step_size is not None:
             return jnp.asarray(self.step_size)
-        slope = trees.norm(grad)
-        return trees.size(params) ** 0.5 / jnp.where(slope > 0, slope, 1.0)
+        grad_norm = trees.norm(grad)
+        return trees.size(params) ** 0.5 / jnp.where(grad_norm > 0, grad_norm, 1.0)
 
 
 def __dir__():

@@ -13,6 +13,7 @@ from functools import partial
 import jax
 
 from jbilevel._core import trees
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import guard, raise_if_known, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._oracle.base import require_view
@@ -124,6 +125,7 @@ def argmin(
 @partial(jax.jit, static_argnums=0)
 @full_float32
 def _solve(spec: Spec, params, data, x0, tol):
+    note_compilation(spec)
     solution = spec.lower.run(spec.view(params, data), x0, tol)
     return solution.x, solution.info
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import brief
+from jbilevel._core.validate import native
 
 __all__ = [
     "Adversarial",
@@ -413,7 +414,7 @@ def _residuals(x, clean):
         raise ValueError(
             f"`x` is {structure} and the clean image {expected}: choose the part of `x` to compare with `part`."
         )
-    return [_residual(jnp.asarray(v), jnp.asarray(r)) for v, r in zip(values, references, strict=True)]
+    return [_residual(jnp.asarray(native(v)), jnp.asarray(native(r))) for v, r in zip(values, references, strict=True)]
 
 
 def _residual(value, reference):

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import Hypergradient, Status, StepInfo, Value
+from jbilevel._core.results import Hypergradient, Status, StepInfo, Value, acceptable
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState, compiled
 
 __all__ = ["MAID", "MAIDState"]
+
+# largest share of a value that its error may be for a decrease below it to say anything
+CREDIBLE = 1e-3
 
 
 class MAIDState(MethodState):
@@ -161,7 +164,9 @@ class MAID(Method):
         )
 
         def unfinished(s: _Search):
-            return ~s.accepted & (s.rounds <= self.rounds) & jnp.isfinite(s.hg.value) & ~self._at_floor(state, s)
+            squared_norm = self._squared_norm(state, s)
+            searching = ~s.accepted & (s.rounds <= self.rounds) & ~self._at_floor(state, s)
+            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(squared_norm) & (squared_norm > 0)
 
         def refine(s: _Search) -> _Search:
             return self._refine(state, batch, s)
@@ -170,7 +175,7 @@ class MAID(Method):
             return self._try(state, batch, s)
 
         def advance(s: _Search) -> _Search:
-            return jax.lax.cond(self._hopeless(state, s), refine, attempt, s)
+            return jax.lax.cond(self._needs_refinement(state, s), refine, attempt, s)
 
         return self._finish(state, jax.lax.while_loop(unfinished, advance, search))
 
@@ -199,20 +204,30 @@ class MAID(Method):
         """Average of the values so far; before the first step the value at the start."""
         return jnp.where(state.weight > 0, state.reference, s.hg.value)
 
-    def _hopeless(self, state: MAIDState, s: _Search):
-        return (s.tries >= self.tries) | ~self._promising(state, s)
+    def _needs_refinement(self, state: MAIDState, s: _Search):
+        return (s.tries >= self.tries) | ~self._resolves_decrease(state, s)
 
-    def _promising(self, state: MAIDState, s: _Search):
+    def _squared_norm(self, state: MAIDState, s: _Search):
+        """Of what of the hypergradient can move params."""
+        return trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
+
+    def _stationary(self, state: MAIDState, s: _Search):
+        error = 2 * self._errors(s.hg)
+        shown = acceptable(s.hg.status) & (error <= CREDIBLE * jnp.abs(s.hg.value))
+        squared_norm = self._squared_norm(state, s)
+        return steps.stationary(s.hg.value, squared_norm, state.step, jnp.where(shown, error, 0.0))
+
+    def _resolves_decrease(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""
-        slope = trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
-        decrease = (1 - self.armijo) * s.step * slope
+        squared_norm = self._squared_norm(state, s)
+        decrease = (1 - self.armijo) * s.step * squared_norm
         credible = 2 * decrease > self._errors(s.hg)
         if self.window > 0:
-            credible = credible | ((slope > 0) & (self._reference(state, s) > s.hg.value))
+            credible = credible | ((squared_norm > 0) & (self._reference(state, s) > s.hg.value))
         if self.descent is None:
             return credible
         error = s.hg.bound if self.certified else s.hg.error
-        return credible & (error <= (1 - self.descent) * jnp.sqrt(slope))
+        return credible & (error <= (1 - self.descent) * jnp.sqrt(squared_norm))
 
     def _try(self, state: MAIDState, batch, s: _Search) -> _Search:
         trial, moved = steps.projected_step(self.projection, state.params, s.hg.grad, s.step)
@@ -250,7 +265,7 @@ class MAID(Method):
         floored = jnp.all(s.hg.lower.status == Status.PRECISION)
         floored = floored & ((s.tries >= self.tries) | jnp.all(s.hg.adjoint.status == Status.PRECISION))
         exact = (self._errors(s.hg) == 0) & (s.hg.error == 0)
-        return (floored | exact) & self._hopeless(state, s)
+        return (floored | exact) & self._needs_refinement(state, s)
 
     def _finish(self, state: MAIDState, s: _Search) -> tuple[MAIDState, StepInfo]:
         accepted = s.accepted
@@ -271,7 +286,9 @@ class MAID(Method):
             done=~accepted,
         )
         step = jnp.where(accepted, s.step, 0.0)
-        return following, self.report(s.hg, s, step=step, work=s.work, status=s.status, done=~accepted)
+        stationary = ~accepted & self._stationary(state, s)
+        report = self.report(s.hg, s, step=step, work=s.work, status=s.status, done=~accepted, stationary=stationary)
+        return following, report
 
 
 def _require(condition: bool, name: str, what: str) -> None:

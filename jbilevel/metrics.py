@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core.validate import native
+
 __all__ = ["dice", "iou", "mean_psnr", "psnr", "psnr_of_mean_mse", "ssim", "top_k"]
 
 # Wang et al. 2004: Gaussian of standard deviation 1.5 cut at 3.5 of them (radius 5, 11 taps) and the two stabilisers.
@@ -261,7 +263,7 @@ def _with_channels(image, channels):
 
 
 def _float_pair(x, reference):
-    x, reference = jnp.asarray(x), jnp.asarray(reference)
+    x, reference = jnp.asarray(native(x)), jnp.asarray(native(reference))
     if x.shape != reference.shape:
         raise ValueError(f"`x` has shape {x.shape} and `reference` {reference.shape}: they must be equal.")
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(reference):

@@ -19,7 +19,7 @@ __all__ = ["NBA", "NBAState", "SEARCHES", "stationarity"]
 SEARCHES = ("line", "trust-region")
 # trust region: fraction of the predicted decrease that accepts a step, that shrinks the next radius, that lets it grow
 ACCEPT, POOR, GOOD = 1e-2, 0.25, 0.75
-SHARPER = 0.1  # factor on both tolerances when no step is found
+ACCURACY_DOWN = 0.1  # factor on both tolerances when no step is found
 SHORT = 3  # trials before a subgradient from nearby is taken in
 SIMPLEX_STEPS = 1000
 
@@ -28,7 +28,7 @@ class NBAState(MethodState):
     step: Any  # length of the step to try first, or the radius of the trust region; 0 before the first step
     previous: Any  # params and direction of the last accepted step, for its curvature
     previous_grad: Any
-    sharpened: Any  # how often in a row the accuracy was raised because no step was found
+    refinements: Any  # how often in a row the accuracy was raised because no step was found
 
 
 class _Search(NamedTuple):
@@ -40,9 +40,9 @@ class _Search(NamedTuple):
     step: Any
     tries: Any
     stage: Any  # bundle steps so far; one more where the search ends with the first direction
-    least: Any  # smallest norm of a direction so far
+    least_norm: Any  # smallest norm of a direction so far
     accepted: Any
-    taken: Any  # length of the last step tried
+    last_length: Any  # length of the last step tried
     status: Any
     work: Any
 
@@ -123,7 +123,7 @@ class NBA(Method):
             step=jnp.zeros_like(first.tol),
             previous=params,
             previous_grad=trees.zeros_like(params),
-            sharpened=jnp.zeros((), jnp.int32),
+            refinements=jnp.zeros((), jnp.int32),
         )
 
     @compiled
@@ -138,21 +138,21 @@ class NBA(Method):
             step=first,
             tries=zero,
             stage=zero,
-            least=trees.norm(hg.grad),
+            least_norm=trees.norm(hg.grad),
             accepted=jnp.asarray(False),
-            taken=jnp.zeros_like(first),
+            last_length=jnp.zeros_like(first),
             status=hg.status,
             work=hg.work,
         )
         final = self.bundle_steps + 1 if self.bundle_steps else 0
 
-        def patient(s: _Search):
+        def may_try(s: _Search):
             short = (s.stage < final) & (trees.norm(s.direction) > 0)
             return s.tries < jnp.where(short, min(SHORT, self.tries), jnp.where(s.stage < final, 0, self.tries))
 
         def unfinished(s: _Search):
             steep = trees.norm(hg.grad) > self.stationarity
-            return ~s.accepted & steep & (patient(s) | (s.stage < final)) & jnp.isfinite(hg.value)
+            return ~s.accepted & steep & (may_try(s) | (s.stage < final)) & jnp.isfinite(hg.value)
 
         def attempt(s: _Search) -> _Search:
             return self._try(state, hg, batch, s)
@@ -164,11 +164,11 @@ class NBA(Method):
             step = self.step_down**SHORT * first
             return s._replace(direction=hg.grad, step=step, tries=zero, stage=s.stage + 1)
 
-        def turn(s: _Search) -> _Search:
+        def change_direction(s: _Search) -> _Search:
             return jax.lax.cond(s.stage < self.bundle_steps, bundle, first_again, s)
 
         def advance(s: _Search) -> _Search:
-            return jax.lax.cond(patient(s), attempt, turn, s)
+            return jax.lax.cond(may_try(s), attempt, change_direction, s)
 
         return self._finish(state, hg, jax.lax.while_loop(unfinished, advance, search))
 
@@ -212,18 +212,18 @@ class NBA(Method):
             step=step,
             tries=s.tries + 1,
             accepted=accepted,
-            taken=length,
+            last_length=length,
             status=jnp.maximum(s.status, jnp.where(accepted, result.status, Status.CONVERGED)),
             work=s.work + result.work,
         )
 
     def _bundle(self, state: NBAState, first, batch, s: _Search) -> _Search:
         """Take in the hypergradient at the last trial, and start again."""
-        near = self.asked(s.trial, batch, s.trial_warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
-        towards = trees.sub(near.grad, s.direction)
-        squared = trees.squared_norm(towards)
-        weight = -trees.dot(s.direction, towards) / jnp.where(squared > 0, squared, 1.0)
-        shortest = trees.add_scaled(s.direction, jnp.clip(weight, 0.0, 1.0), towards)
+        nearby = self.asked(s.trial, batch, s.trial_warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
+        segment = trees.sub(nearby.grad, s.direction)
+        squared = trees.squared_norm(segment)
+        weight = -trees.dot(s.direction, segment) / jnp.where(squared > 0, squared, 1.0)
+        shortest = trees.add_scaled(s.direction, jnp.clip(weight, 0.0, 1.0), segment)
         direction = trees.where(jnp.isfinite(squared), shortest, s.direction)
         # a direction of 0 is a minimum at this distance: only shorter steps can tell
         stage = jnp.where(trees.norm(direction) > 0, s.stage + 1, self.bundle_steps).astype(jnp.int32)
@@ -232,30 +232,32 @@ class NBA(Method):
             step=first,
             tries=jnp.zeros_like(s.tries),
             stage=stage,
-            least=jnp.minimum(s.least, trees.norm(direction)),
-            work=s.work + near.work,
+            least_norm=jnp.minimum(s.least_norm, trees.norm(direction)),
+            work=s.work + nearby.work,
         )
 
     def _finish(self, state: NBAState, hg: Hypergradient, s: _Search) -> tuple[NBAState, StepInfo]:
         accepted = s.accepted
-        flat = s.least <= self.stationarity
+        stationary = s.least_norm <= self.stationarity
         floored = jnp.all(hg.lower.status == Status.PRECISION)
-        done = ~accepted & (flat | floored | (state.sharpened >= 2) | ~jnp.isfinite(hg.value))
-        sharper = jnp.where(accepted | done, 1.0, SHARPER)
+        lost = ~jnp.isfinite(hg.value) | ~jnp.isfinite(trees.norm(hg.grad))
+        done = ~accepted & (stationary | floored | (state.refinements >= 2) | lost)
+        stationary = stationary | steps.stationary(hg.value, s.least_norm**2, state.step)
+        factor = jnp.where(accepted | done, 1.0, ACCURACY_DOWN)
         following = NBAState(
             params=trees.where(accepted, s.trial, state.params),
             warm=trees.where(accepted, s.trial_warm, hg.warm),
-            tol=sharper * state.tol,
-            adjoint_tol=sharper * state.adjoint_tol,
+            tol=factor * state.tol,
+            adjoint_tol=factor * state.adjoint_tol,
             # a step that got nowhere says nothing about the next length
             step=jnp.where(accepted, s.step, state.step),
             previous=trees.where(accepted, state.params, state.previous),
             previous_grad=trees.where(accepted, hg.grad, state.previous_grad),
-            sharpened=jnp.where(accepted, 0, state.sharpened + 1).astype(jnp.int32),
+            refinements=jnp.where(accepted, 0, state.refinements + 1).astype(jnp.int32),
         )
-        step = jnp.where(accepted, s.taken, 0.0)
-        info = self.report(hg, state, step=step, work=s.work, status=s.status, done=done, grad_norm=s.least)
-        return following, info
+        step = jnp.where(accepted, s.last_length, 0.0)
+        info = self.report(hg, state, step=step, work=s.work, status=s.status, done=done, grad_norm=s.least_norm)
+        return following, info._replace(stationary=done & stationary)
 
 
 def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=1e-8):

@@ -170,8 +170,8 @@ def root(v, step, weight=1.0, width=1.0, *, axis=None):
     """
 
     def factor(length):
-        bent, straight = _root_split(step * weight, width, length)
-        return straight / (bent + straight)
+        bent, linear = _root_split(step * weight, width, length)
+        return linear / (bent + linear)
 
     return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
 
@@ -188,8 +188,8 @@ def root_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
     """
 
     def factor(length):
-        bent, straight = _root_split(weight, step * width, length)
-        return bent / (bent + straight)
+        bent, linear = _root_split(weight, step * width, length)
+        return bent / (bent + linear)
 
     return v * factor(jnp.abs(v)) if axis is None else _radial(v, axis, factor)
 
@@ -202,25 +202,25 @@ def _root_split(a, b, c):
     a, b, c = a / (a + b), b / (a + b), c / (a + b)
     b = jnp.maximum(b, jnp.finfo(c.dtype).eps ** 1.5)  # what lies below matters to nobody, and powers of u overflow
 
-    def terms(u):
+    def derivatives(u):
+        """The equation's residual with its first and second derivative."""
         inverse = jax.lax.rsqrt(1.0 + u * u)
-        slope = a * inverse**3 + b
-        return (a * inverse + b) * u - c, slope, -3.0 * a * u * inverse**5
+        return (a * inverse + b) * u - c, a * inverse**3 + b, -3.0 * a * u * inverse**5
 
     def halley(u):
-        value, slope, second = terms(u)
-        return u - 2.0 * value * slope / (2.0 * slope**2 - value * second)
+        value, first, second = derivatives(u)
+        return u - 2.0 * value * first / (2.0 * first**2 - value * second)
 
     def newton(u):
-        value, slope, _ = terms(u)
-        return u - value / slope
+        value, first, _ = derivatives(u)
+        return u - value / first
 
     # bounds from below, and half of what holds where one of both terms matters little
     inside = c < a
-    share = jnp.where(inside, c / jnp.where(inside, a, 1.0), 0.0)
-    alone = jnp.where(inside, share * jax.lax.rsqrt((1.0 - share) * (1.0 + share)), jnp.inf)
+    c_over_a = jnp.where(inside, c / jnp.where(inside, a, 1.0), 0.0)
+    without_b = jnp.where(inside, c_over_a * jax.lax.rsqrt((1.0 - c_over_a) * (1.0 + c_over_a)), jnp.inf)
     knee = (a / (2.0 * b)) ** (1.0 / 3.0)
-    u = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(c, (c - a) / b), 0.5 * jnp.minimum(alone, knee)))
+    u = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(c, (c - a) / b), 0.5 * jnp.minimum(without_b, knee)))
     for _ in range(HALLEY_STEPS):
         u = jax.lax.stop_gradient(halley(u))
     # two more steps from a point that counts as fixed carry first and second derivatives exactly
@@ -266,23 +266,23 @@ def smoothed_relu_epigraph(s, t, width=0.01):
     """
     clipped = box(s, 0.0, width)
     inside = t >= clipped**2 / (2 * width) + box(s - width, 0.0)
-    left = s <= 0
-    straight = s + t >= 1.5 * width
-    curved = ~(inside | left | straight)
-    root = _curve(jnp.where(curved, s, 0.5 * width), jnp.where(curved, t, 0.0), width)
+    negative = s <= 0
+    linear = s + t >= 1.5 * width
+    quadratic = ~(inside | negative | linear)
+    root = _cubic_root(jnp.where(quadratic, s, 0.5 * width), jnp.where(quadratic, t, 0.0), width)
     half = 0.5 * (s + t) + 0.25 * width
-    p = jnp.where(inside | left, s, jnp.where(straight, half, root))
-    q = jnp.where(left, 0.0, jnp.where(straight, half - 0.5 * width, root**2 / (2 * width)))
+    p = jnp.where(inside | negative, s, jnp.where(linear, half, root))
+    q = jnp.where(negative, 0.0, jnp.where(linear, half - 0.5 * width, root**2 / (2 * width)))
     return p, jnp.where(inside, t, q)
 
 
-def _curve(s, t, width):
-    slope = 1.0 - t / width  # > 1/2 on the curved part
+def _cubic_root(s, t, width):
+    linear_term = 1.0 - t / width  # > 1/2 on the quadratic part
 
     def newton(p):
-        return p - (p**3 / (2 * width**2) + slope * p - s) / (1.5 * p**2 / width**2 + slope)
+        return p - (p**3 / (2 * width**2) + linear_term * p - s) / (1.5 * p**2 / width**2 + linear_term)
 
-    p = jax.lax.stop_gradient(jnp.minimum(s / slope, width))
+    p = jax.lax.stop_gradient(jnp.minimum(s / linear_term, width))
     p = jax.lax.fori_loop(0, NEWTON_STEPS, lambda _, p: jax.lax.stop_gradient(newton(p)), p)
     # two more steps from a point that counts as fixed carry first and second derivatives exactly
     return newton(newton(p))
@@ -350,8 +350,8 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
         """Excess of |Pu - Pv|^2, mismatch of VJP and JVP, asymmetry, mismatch of JVP and differences."""
         moved = trees.sub(apply(trees.add(point, gap)), apply(point))
         change, pull = jax.jvp(apply, (point,), (direction,))[1], jax.vjp(apply, point)[1]
-        turned = jax.jvp(apply, (point,), (other,))[1]
-        mirrored = times(step, pull(divided(other, step))[0])
+        other_change = jax.jvp(apply, (point,), (other,))[1]
+        transposed = times(step, pull(divided(other, step))[0])
         h = 1e-6 * scale
         ahead, behind = (apply(trees.add_scaled(point, sign * h, direction)) for sign in (1, -1))
         difference = trees.scale(0.5 / h, trees.sub(ahead, behind))
@@ -359,8 +359,8 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
         return jnp.stack(
             [
                 (weighted(moved, moved) - weighted(moved, gap)) / weighted(gap, gap),
-                jnp.abs(weighted(change, other) - weighted(direction, mirrored)) / size,
-                jnp.abs(weighted(change, other) - weighted(direction, turned)) / size,
+                jnp.abs(weighted(change, other) - weighted(direction, transposed)) / size,
+                jnp.abs(weighted(change, other) - weighted(direction, other_change)) / size,
                 trees.norm(trees.sub(difference, change)) / trees.norm(direction),
             ]
         )

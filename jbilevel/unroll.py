@@ -90,9 +90,16 @@ class Oracle(ForwardOracle):
         status = jnp.where(jnp.isfinite(state.residual), status, Status.NONFINITE).astype(jnp.int32)
         steps = jnp.asarray(self.steps, jnp.int32)
         error = view.error_bound(state.residual)
-        lower = SolveInfo(status, steps, state.residual, error, state.evaluations)
-        backward = Work.zero().plus(products=steps if self.truncate is None else self.truncate)
-        adjoint = SolveInfo(jnp.zeros((), jnp.int32), steps, jnp.zeros_like(error), jnp.zeros_like(error), backward)
+        lower = SolveInfo(
+            status=status, steps=steps, residual=state.residual, error=error, evaluations=state.evaluations
+        )
+        adjoint = SolveInfo(
+            status=jnp.zeros((), jnp.int32),
+            steps=steps,
+            residual=jnp.zeros_like(error),
+            error=jnp.zeros_like(error),
+            evaluations=Work.zero().plus(products=steps if self.truncate is None else self.truncate),
+        )
         slope = jax.grad(self.loss, 1)(params, state.x, data)
         estimate = jax.lax.stop_gradient(trees.norm(slope) * error)
         return value, Sample(value=seen, warm=Warm(state.x, None), lower=lower, adjoint=adjoint, estimate=estimate)
@@ -130,8 +137,14 @@ class _GradientStep(LinearSolver):
         residual = trees.norm(trees.sub(product(q), b))
         status = jnp.where(residual <= tol, Status.CONVERGED, Status.MAX_STEPS)
         status = jnp.where(jnp.isfinite(residual), status, Status.NONFINITE).astype(jnp.int32)
-        work = Work.zero().plus(products=1)
-        return q, SolveInfo(status, jnp.ones((), jnp.int32), residual, jnp.full_like(residual, jnp.inf), work)
+        info = SolveInfo(
+            status=status,
+            steps=jnp.ones((), jnp.int32),
+            residual=residual,
+            error=jnp.full_like(residual, jnp.inf),
+            evaluations=Work.zero().plus(products=1),
+        )
+        return q, info
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ def camera64() -> Photograph:
 
 
 def pytest_runtest_setup(item):
+    from jbilevel._core import recompilation
+
+    recompilation.made.clear()  # tests are no loop
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
 

@@ -265,7 +265,8 @@ class StepInfo(NamedTuple):
     value: upper-level value at the parameters the step started from; grad_norm: 2-norm of the hypergradient used;
     error: estimate of that hypergradient's error (inf where none was computed); step: step length taken (0 when the
     parameters did not move); tol, adjoint_tol: accuracies used; work: gradient-equivalents spent by this step;
-    status: worst `Status` among its solves; done: True when the method cannot improve any further.
+    status: worst `Status` among its solves; done: True when the method cannot improve any further; stationary: whether
+    the gradient was shown to be small there, against the errors and the rounding of values (else it is stuck).
 
     >>> import jbilevel as jb, jax.numpy as jnp, optax
     >>> method = jb.FirstOrder(jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2), optax.sgd(0.25))
@@ -284,6 +285,7 @@ class StepInfo(NamedTuple):
     work: Any
     status: Any
     done: Any
+    stationary: Any = False
 
     def __repr__(self) -> str:
         return brief.record(self, status=names(self.status))

@@ -135,7 +135,13 @@ def _array(leaf, name: str):
         raise ValueError(f"{name} is a masked array, whose mask would be lost; fill it, e.g. {name}.filled(0.0).")
     if leaf.dtype.names or leaf.dtype.itemsize > (16 if kind == "c" else 8):
         raise TypeError(f"{name} has dtype {leaf.dtype}, which JAX does not have; make it float64 or float32.")
-    return leaf if leaf.dtype.isnative else leaf.astype(leaf.dtype.newbyteorder("="))
+    return native(leaf)
+
+
+def native(array):
+    """A NumPy array in this machine's byte order; whatever else it is, as it is."""
+    foreign = isinstance(array, np.ndarray) and not array.dtype.isnative
+    return array.astype(array.dtype.newbyteorder("=")) if foreign else array
 
 
 def same_shapes(x0, start) -> None:

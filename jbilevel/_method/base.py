@@ -130,11 +130,21 @@ class Method(Contract, abstract="jb.Method"):
         return self.oracle if self.reads_error else self.oracle.without_estimate()
 
     def report(
-        self, hg: Hypergradient, state: Any, *, step, work=None, status=None, done=False, grad_norm=None
+        self,
+        hg: Hypergradient,
+        state: Any,
+        *,
+        step,
+        work=None,
+        status=None,
+        done=False,
+        grad_norm=None,
+        stationary=False,
     ) -> StepInfo:
         """What a step tells: ``hg``, the hypergradient used, at the accuracies of ``state`` (anything that has them).
 
         step: length of the step taken, 0 where params stay. work, status, grad_norm: those of ``hg`` unless given.
+        done, stationary: see `jb.StepInfo`; a method that ends without being stationary is stuck.
         """
         return StepInfo(
             value=hg.value,
@@ -146,6 +156,7 @@ class Method(Contract, abstract="jb.Method"):
             work=hg.work if work is None else work,
             status=hg.status if status is None else status,
             done=jnp.asarray(done),
+            stationary=jnp.asarray(stationary),
         )
 
 

@@ -12,6 +12,8 @@ from jbilevel._core.validate import arrays
 from jbilevel._oracle.base import Scales
 from jbilevel.solvers import require_tolerance
 
+ROUNDING = 64.0  # of a value, in units of its last digit
+
 
 class Tolerances(NamedTuple):
     tol: Any
@@ -38,8 +40,8 @@ def first_tolerances(oracle, params, batch, relative, tol=None, adjoint_tol=None
 
 def first_step(params, grad, relative=0.1):
     """Step length whose first step moves params by ``relative`` of their norm (by ``relative`` when they are zero)."""
-    size, slope = trees.norm(params), trees.norm(grad)
-    return relative * jnp.where(size > 0, size, 1.0) / jnp.where(slope > 0, slope, 1.0)
+    size, grad_norm = trees.norm(params), trees.norm(grad)
+    return relative * jnp.where(size > 0, size, 1.0) / jnp.where(grad_norm > 0, grad_norm, 1.0)
 
 
 def project(projection, params):
@@ -64,6 +66,14 @@ def reduced(projection, params, grad, step):
         return grad
     moved, _ = projected_step(projection, params, grad, step)
     return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
+
+
+def stationary(value, slope, step, error=0.0):
+    """Whether a gradient of squared norm ``slope`` is small: exactly zero, or a step of the length that worked last
+    would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.
+    """
+    noise = ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value) + error
+    return (slope == 0) | ((step > 0) & (step * slope <= noise))
 
 
 def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):

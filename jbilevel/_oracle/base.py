@@ -18,6 +18,7 @@ import numpy as np
 
 from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
@@ -395,6 +396,7 @@ def usable(sample: Sample):
 
 @partial(jax.jit, static_argnums=0)
 def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
+    note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(carry, chunk):
@@ -408,7 +410,14 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
     value, error, bound = _mean_value(oracle, samples, weight)
-    return Value(value, error, bound, samples.value, samples.lower, samples.warm)
+    return Value(
+        value=value,
+        error=error,
+        bound=bound,
+        values=samples.value,
+        lower=samples.lower,
+        warm=samples.warm,
+    )
 
 
 def _account(oracle, samples: Sample, weight):
@@ -454,6 +463,7 @@ def _mean_value(oracle, samples: Sample, weight):
 
 @partial(jax.jit, static_argnums=0)
 def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Hypergradient:
+    note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(total, chunk):
@@ -478,11 +488,19 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     samples = _blamed(samples, finite | ~jnp.isfinite(value))
     error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
     bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
-    values = samples.value - samples.shift if oracle.correct else samples.value
     return Hypergradient(
-        value, values, value_error, value_bound, grad, error, jnp.isfinite(bound), bound,
-        samples.warm, samples.lower, samples.adjoint,
-    )  # fmt: skip
+        value=value,
+        values=samples.value - samples.shift if oracle.correct else samples.value,
+        value_error=value_error,
+        value_bound=value_bound,
+        grad=grad,
+        error=error,
+        certified=jnp.isfinite(bound),
+        bound=bound,
+        warm=samples.warm,
+        lower=samples.lower,
+        adjoint=samples.adjoint,
+    )
 
 
 def _blamed(samples: Sample, fine) -> Sample:

@@ -53,10 +53,8 @@ def split(batch, in_axes) -> Split:
     axes = []
     try:
         # None is a leaf of in_axes (a shared part) but not of the batch (an absent one)
-        jax.tree.map(
-            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))), in_axes, batch,
-            is_leaf=lambda a: a is None,
-        )  # fmt: skip
+        repeat = lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part)))  # noqa: E731
+        jax.tree.map(repeat, in_axes, batch, is_leaf=lambda a: a is None)
     except ValueError as error:
         raise ValueError(f"`in_axes` {in_axes} is not a prefix of the batch's structure {treedef}.") from error
     mapped, shared, counts = [], [], []
@@ -78,7 +76,13 @@ def split(batch, in_axes) -> Split:
         raise ValueError(f"leaves of the batch disagree on the number of samples: {dict(counts)}.")
     if counts[0][1] == 0:
         raise ValueError("the batch holds no samples.")
-    return Split(mapped, shared, tuple(axis is not None for axis in axes), treedef, counts[0][1])
+    return Split(
+        mapped=mapped,
+        shared=shared,
+        is_mapped=tuple(axis is not None for axis in axes),
+        treedef=treedef,
+        count=counts[0][1],
+    )
 
 
 def in_chunks(evaluate, size, carry, inputs, weight):

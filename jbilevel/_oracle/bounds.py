@@ -54,19 +54,23 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
     first = norms.error[0]
     if blocks.distances is None or any(c is None for c in needed):
         return jnp.full_like(first, jnp.inf)
-    rise = loss_smoothness * reduce(jnp.hypot, (e for e, seen in zip(norms.error, blocks.seen, strict=True) if seen))
+    loss_gradient_error = loss_smoothness * reduce(
+        jnp.hypot, (e for e, seen in zip(norms.error, blocks.seen, strict=True) if seen)
+    )
     rows = list(zip(blocks.constants, norms.adjoint, norms.error, strict=True))
-    drifts = [
-        residual + (rise if seen else 0.0) + c.hessian_lipschitz * q * error
+    adjoint_residuals = [
+        residual + (loss_gradient_error if seen else 0.0) + c.hessian_lipschitz * q * error
         for (c, q, error), residual, seen in zip(rows, norms.residual, blocks.seen, strict=True)
     ]
-    off = blocks.distances(*drifts)
+    adjoint_errors = blocks.distances(*adjoint_residuals)
     bound = 0.0
-    for (c, q, error), e in zip(rows, off, strict=True):
+    for (c, q, error), e in zip(rows, adjoint_errors, strict=True):
         bound += c.mixed_norm * e + c.mixed_lipschitz * error * (q + e)
-    if len(off) == 2:
+    if len(adjoint_errors) == 2:
         for i, j in ((0, 1), (1, 0)):
-            bound += blocks.linear_mixed * (norms.point[j] * off[i] + (norms.adjoint[i] + off[i]) * norms.error[j])
+            bound += blocks.linear_mixed * (
+                norms.point[j] * adjoint_errors[i] + (norms.adjoint[i] + adjoint_errors[i]) * norms.error[j]
+            )
     return jnp.where(jnp.isfinite(first), bound, jnp.inf).astype(first.dtype)
 
 
@@ -78,34 +82,37 @@ class ValueErrors(NamedTuple):
     bound_corrected: Any  # proven bound on |value - shift - exact|
 
 
-def value_errors(blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift, norms: Norms, likely) -> ValueErrors:
-    """loss(x_hat) = loss(x) - shift + rest, |rest| <= sum over blocks of residual eps + (L_g + L_H ||q||) eps^2/2.
+def value_errors(
+    blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift, norms: Norms, distances
+) -> ValueErrors:
+    """loss(x_hat) = loss(x) - shift + R, |R| <= sum over blocks of residual eps + (L_g + L_H ||q||) eps^2/2.
 
     Holds for any q, with residual that of q in the adjoint system and shift = <q, grad energy(x)>. Taylor: loss(x_hat)
     - loss(x) = <grad loss, D> + O(L_g |D|^2/2), D = x_hat - x, |D| <= eps; grad loss = H q + r with ||r|| = residual,
     and H D = -grad energy + O(L_H |D|^2/2). With q = 0 this is MAID's interval |grad loss| eps + L_g eps^2/2 (Salehi et
-    al. 2024, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``likely`` for eps,
-    leaves L_H out, and takes L_g = 1 where it is not given. loss_gradient: norms of its blocks.
+    al. 2024, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``distances`` for
+    eps, leaves L_H out, and takes L_g = 1 where it is not given. loss_gradient: norms of its blocks.
     """
 
-    def rest(smoothness, first, curved, errors):
-        """sum of first eps + (smoothness + curved) eps^2/2, where 0 * inf is 0."""
+    def remainder(smoothness, first, second, errors):
+        """sum of first eps + (smoothness + second) eps^2/2, where 0 * inf is 0."""
         linear = reduce(add, (_times(a, e) for a, e in zip(first, errors, strict=True)))
-        rows = zip(blocks.seen, curved, errors, strict=True)
+        rows = zip(blocks.seen, second, errors, strict=True)
         return linear + 0.5 * reduce(add, (_times((smoothness if seen else 0.0) + b, e**2) for seen, b, e in rows))
 
     none = (0.0,) * len(blocks.seen)
-    estimate = rest(1.0 if loss_smoothness is None else loss_smoothness, norms.residual, none, likely)
+    estimate = remainder(1.0 if loss_smoothness is None else loss_smoothness, norms.residual, none, distances)
     direct = weighted = jnp.full_like(shift, jnp.inf)
     if loss_smoothness is not None:
         read = [a if seen else 0.0 * a for a, seen in zip(loss_gradient, blocks.seen, strict=True)]
-        direct = rest(loss_smoothness, read, none, norms.error)
+        direct = remainder(loss_smoothness, read, none, norms.error)
         lipschitz = [c.hessian_lipschitz for c in blocks.constants]
         if None not in lipschitz:
-            curved = [b * q for b, q in zip(lipschitz, norms.adjoint, strict=True)]
-            weighted = rest(loss_smoothness, norms.residual, curved, norms.error)
-    away = jnp.abs(shift)
-    return ValueErrors(estimate, jnp.minimum(direct, away + weighted), jnp.minimum(weighted, away + direct))
+            second = [b * q for b, q in zip(lipschitz, norms.adjoint, strict=True)]
+            weighted = remainder(loss_smoothness, norms.residual, second, norms.error)
+    first_order = jnp.abs(shift)
+    bounds = jnp.minimum(direct, first_order + weighted), jnp.minimum(weighted, first_order + direct)
+    return ValueErrors(estimate, *bounds)
 
 
 def _times(size, error):

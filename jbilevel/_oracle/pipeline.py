@@ -97,10 +97,10 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         view = self._view(params, data, warm.x)
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
-        points, left = PullBackPoints(system.point(adjoint)), None
+        points, residual_ratio = PullBackPoints(system.point(adjoint)), None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
-            left = newton.residual_ratio
+            residual_ratio = newton.residual_ratio
             points = PullBackPoints(points.plain, newton.halfway if self.correct else None, newton.point)
             work = adjoint.info.evaluations.join(newton.evaluations)
             adjoint = adjoint._replace(info=adjoint.info._replace(evaluations=work))
@@ -111,25 +111,25 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
                 adjoint = newton.adjoint._replace(info=after)
         sample = self._report(params, data, view, system, adjoint, info)
-        return sample._replace(residual_ratio=left), points
+        return sample._replace(residual_ratio=residual_ratio), points
 
     def _report(self, params, data, view, system: System, adjoint: Adjoint, info: SolveInfo) -> Sample:
-        likely, spent = system.distance(info.error, self.correct)
-        info = info._replace(evaluations=info.evaluations.plus(products=spent))
+        distances, products = system.distance(info.error, self.correct)
+        info = info._replace(evaluations=info.evaluations.plus(products=products))
         value, loss_gradient = jax.value_and_grad(self.loss, 1)(params, system.x, data)
         norms, shift = system.norms(adjoint, info.error), system.shift(adjoint)
         blocks = system.blocks(self.loss, params, data)
         parts = loss_gradient if len(blocks.seen) > 1 else (loss_gradient,)
         sizes = [trees.norm(part) for part in parts]
-        rest = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, likely)
+        errors = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, distances)
         proven = gradient_bound(blocks, self.loss_smoothness, norms)
         if depends_on(self.loss, params, system.x, data):  # the Lipschitz constant in params is not known
             proven = jnp.full_like(proven, jnp.inf)
-        bound = rest.bound_corrected if self.correct else rest.bound
+        bound = errors.bound_corrected if self.correct else errors.bound
         return Sample(
             value=value,
             shift=shift,
-            estimate=rest.estimate,
+            estimate=errors.estimate,
             bound=bound,
             gradient_bound=jnp.asarray(proven, bound.dtype),
             warm=Warm(system.x, adjoint.q),

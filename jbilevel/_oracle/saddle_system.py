@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import Work
 from jbilevel._oracle.bounds import Blocks, Norms, depends_on, ratio
-from jbilevel._oracle.smooth_system import DISTANCE_STEPS, ENOUGH
+from jbilevel._oracle.smooth_system import DISTANCE_STEPS, NEWTON_RTOL
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel._views.saddle import SaddleView
 from jbilevel.prox import divided, times
@@ -27,7 +27,7 @@ from jbilevel.solvers.minres import iterate as minimal_residual
 from jbilevel.solvers.pdhg import PDHG
 
 # what a Newton step left of the error, per what it left of the residual: errors lie where the system is weak
-CAUTION = 5.0
+SAFETY = 5.0
 
 
 class ProxPoint(NamedTuple):
@@ -125,31 +125,31 @@ class SaddleSystem(System):
         """One inexact semismooth step on (p, r), and as much for the adjoint at the new point, by MINRES."""
         half, c = max(steps // 2, 1), adjoint.parts[1]
         subgradient = self.normal_map()
-        tol = self._enough(subgradient)
-        first, rest, spent = self._improve(trees.zeros_like(c), subgradient, half, tol)
-        move, _, more = self._improve(first, rest, steps - half, ENOUGH * tol)
+        tol = self._symmetric_tol(subgradient)
+        first, rest, spent = self._minres(trees.zeros_like(c), subgradient, half, tol)
+        move, _, more = self._minres(first, rest, steps - half, NEWTON_RTOL * tol)
         candidate = self._moved(move)
         before, after = self.residual_of(subgradient), self.residual_of(candidate.normal_map())
         better = after <= before
         p, r = trees.where(better, (candidate.p, candidate.r), (self.p, self.r))
-        fresh = self._with(p, r)
-        fresh = replace(fresh, subgradient=fresh.normal_map())
-        fresh = replace(fresh, residual=self.residual_of(fresh.subgradient))
+        corrected_system = self._with(p, r)
+        corrected_system = replace(corrected_system, subgradient=corrected_system.normal_map())
+        corrected_system = replace(corrected_system, residual=self.residual_of(corrected_system.subgradient))
         halfway = self._moved(trees.where(better, first, trees.zeros_like(c)))
-        missing = fresh._missing(c, loss_gradient_at(fresh.x))
-        tol = fresh._enough(missing)
-        c_half, rest, half_spent = fresh._improve(c, missing, half, tol)
-        c_new, left, last_spent = fresh._improve(c_half, rest, steps - half, ENOUGH * tol)
-        size = self.residual_of(left)
-        part = jnp.maximum(ratio(fresh.residual, before), ratio(size, self.residual_of(missing)))
-        improved = adjoint._replace(q=fresh.at.lift(c_new), residual=size, parts=(left, c_new))
+        adjoint_residual = corrected_system._adjoint_residual(c, loss_gradient_at(corrected_system.x))
+        tol = corrected_system._symmetric_tol(adjoint_residual)
+        c_half, rest, half_spent = corrected_system._minres(c, adjoint_residual, half, tol)
+        c_new, remaining, last_spent = corrected_system._minres(c_half, rest, steps - half, NEWTON_RTOL * tol)
+        size = self.residual_of(remaining)
+        part = jnp.maximum(ratio(corrected_system.residual, before), ratio(size, self.residual_of(adjoint_residual)))
+        improved = adjoint._replace(q=corrected_system.at.lift(c_new), residual=size, parts=(remaining, c_new))
         work = Work.zero().plus(products=spent + more + half_spent + last_spent + 4)
         return Correction(
-            system=fresh,
+            system=corrected_system,
             adjoint=improved,
             halfway=halfway._point(c_half),
-            point=fresh._point(c_new),
-            residual_ratio=CAUTION * part,
+            point=corrected_system._point(c_new),
+            residual_ratio=SAFETY * part,
             evaluations=work,
         )
 
@@ -175,16 +175,16 @@ class SaddleSystem(System):
         first = trees.add(trees.sub(c[0], divided(x, self.at.tau)), self.view.transpose(y))
         return first, trees.sub(trees.sub(c[1], divided(y, self.at.sigma)), self.view.linear(x))
 
-    def _missing(self, c, loss_gradient):
+    def _adjoint_residual(self, c, loss_gradient):
         """(G X + K*Y + grad_x l, F Y - K X - grad_y l)."""
         first, second = self._product(c)
         return trees.add(first, loss_gradient[0]), trees.sub(second, loss_gradient[1])
 
-    def _enough(self, residual):
+    def _symmetric_tol(self, residual):
         """Where MINRES on the system made symmetric may stop."""
-        return ENOUGH * trees.norm(self.at.lift(residual))
+        return NEWTON_RTOL * trees.norm(self.at.lift(residual))
 
-    def _improve(self, c, residual, steps, tol):
+    def _minres(self, c, residual, steps, tol):
         """(c, residual, products): ``steps`` MINRES steps on the system, made symmetric by applying `lift` to it.
 
         The part of c that `lift` does not see follows from its own equations, to which K contributes nothing.
@@ -199,20 +199,20 @@ class SaddleSystem(System):
         found = minimal_residual(symmetric, rhs, trees.zeros_like(rhs), tol, steps, zero_start=True)
         residual = trees.add(residual, self._product(found.x))
         pulls = (self.at.pull_x, self.at.pull_y)
-        unseen = tuple(trees.sub(d, pull(d)) for d, pull in zip(residual, pulls, strict=True))
-        c = trees.sub(trees.add(c, found.x), unseen)
-        return c, trees.sub(residual, self._product(unseen)), found.products + 2
+        kernel_part = tuple(trees.sub(d, pull(d)) for d, pull in zip(residual, pulls, strict=True))
+        c = trees.sub(trees.add(c, found.x), kernel_part)
+        return c, trees.sub(residual, self._product(kernel_part)), found.products + 2
 
     def point(self, adjoint: Adjoint) -> tuple:
         return self._point(adjoint.parts[1])
 
     def _point(self, c) -> tuple:
-        return self.x, ProxPoint(self.p, self.r, cotangents=c, tau=self.tau, sigma=self.sigma)
+        return self.x, ProxPoint(p=self.p, r=self.r, cotangents=c, tau=self.tau, sigma=self.sigma)
 
     def distance(self, proven, corrected: bool):
         """Twice the length of a short Newton step, of x at most as proven."""
         parts = self.subgradient
-        c, _, spent = self._improve(trees.zeros_like(parts), parts, DISTANCE_STEPS, self._enough(parts))
+        c, _, spent = self._minres(trees.zeros_like(parts), parts, DISTANCE_STEPS, self._symmetric_tol(parts))
         first, second = (2 * trees.norm(part) for part in self.at.lift(c))
         return (jnp.minimum(first, proven), second), spent
 

@@ -102,8 +102,13 @@ class SimultaneousLower(SaddleLower):
         def info(state, target) -> SolveInfo:
             met = (state.residual <= target) & (last.info.status != Status.NORM_BOUND)
             status = jnp.where(met, Status.CONVERGED, last.info.status).astype(jnp.int32)
-            error = view.error_bound(state.residual)
-            return SolveInfo(status, last.info.steps, state.residual, error=error, evaluations=state.evaluations)
+            return SolveInfo(
+                status=status,
+                steps=last.info.steps,
+                residual=state.residual,
+                error=view.error_bound(state.residual),
+                evaluations=state.evaluations,
+            )
 
         found = Solution(adjoint.x, adjoint.gradient, info(adjoint, targets[1]))
         system = self._at(view, lower)

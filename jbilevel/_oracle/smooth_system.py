@@ -19,10 +19,10 @@ from jbilevel._oracle.bounds import Blocks, Norms, ratio
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
-from jbilevel.solvers.mixed import curvature, refine
+from jbilevel.solvers.mixed import hessian_at, refine
 
-# CG in the Newton step stops early once it removed all but this share of the residual.
-ENOUGH = 1e-3
+# relative residual at which CG in the Newton step stops early
+NEWTON_RTOL = 1e-3
 # CG steps towards the Newton step whose length estimates ||x - x_hat|| where mu is unknown
 DISTANCE_STEPS = 5
 
@@ -57,33 +57,39 @@ class SmoothSystem(System):
     def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
         """H d = -grad at x, then H' q' = grad loss at x' = x + d, from q: conjugate gradients on both."""
         view, half = self.view, steps // 2
-        hessian = curvature(view, self.x, self.product)
-        downhill = trees.neg(self.gradient)
-        first = hessian.start(downhill, half, ENOUGH)
-        move = hessian.resume(first, steps, ENOUGH)
-        candidate = trees.add(self.x, hessian.lift(move, downhill))
+        hessian = hessian_at(view, self.x, self.product)
+        negative_gradient = trees.neg(self.gradient)
+        first = hessian.start(negative_gradient, half, NEWTON_RTOL)
+        newton = hessian.resume(first, steps, NEWTON_RTOL)
+        candidate = trees.add(self.x, hessian.solution(newton, negative_gradient))
         # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
         energy, gradient = view.value_and_gradient(candidate)
-        room = 10 * trees.eps(candidate) * jnp.abs(self.energy)
-        better = (trees.norm(gradient) <= self.residual) | (energy <= self.energy - room)
+        rounding = 10 * trees.eps(candidate) * jnp.abs(self.energy)
+        better = (trees.norm(gradient) <= self.residual) | (energy <= self.energy - rounding)
         x = trees.where(better, candidate, self.x)
-        x_halfway = trees.where(better, trees.add(self.x, hessian.lift(first, downhill)), self.x)
+        x_halfway = trees.where(better, trees.add(self.x, hessian.solution(first, negative_gradient)), self.x)
         _, gradient, product = view.linearize(x)
-        hessian = curvature(view, x, product)
-        missing = trees.sub(loss_gradient_at(x), product(adjoint.q))
-        first = hessian.start(missing, half, ENOUGH)
-        solve = hessian.resume(first, steps, ENOUGH)
-        q, q_halfway = (trees.add(adjoint.q, hessian.lift(state, missing)) for state in (solve, first))
-        work = Work.zero().plus(gradients=2, products=move.steps + solve.steps + 1)
-        before = trees.norm(missing)
-        after = before * jnp.sqrt(solve.squared).astype(before.dtype)
+        hessian = hessian_at(view, x, product)
+        adjoint_residual = trees.sub(loss_gradient_at(x), product(adjoint.q))
+        first = hessian.start(adjoint_residual, half, NEWTON_RTOL)
+        solve = hessian.resume(first, steps, NEWTON_RTOL)
+        q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
+        work = Work.zero().plus(gradients=2, products=newton.steps + solve.steps + 1)
+        before = trees.norm(adjoint_residual)
+        after = before * jnp.sqrt(solve.rr).astype(before.dtype)
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
-        left = jnp.maximum(ratio(residual, self.residual), ratio(after, before))
-        indefinite = (move.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
+        residual_ratio = jnp.maximum(ratio(residual, self.residual), ratio(after, before))
+        indefinite = (newton.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
         system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
         improved = adjoint._replace(q=q, residual=after)
-        left = jnp.where(indefinite, jnp.inf, left)
-        return Correction(system, improved, (x_halfway, q_halfway), system.point(improved), left, work)
+        return Correction(
+            system=system,
+            adjoint=improved,
+            halfway=(x_halfway, q_halfway),
+            point=system.point(improved),
+            residual_ratio=jnp.where(indefinite, jnp.inf, residual_ratio),
+            evaluations=work,
+        )
 
     def point(self, adjoint: Adjoint) -> tuple:
         return self.x, adjoint.q
@@ -96,9 +102,9 @@ class SmoothSystem(System):
         """
         if self.view.constants.strong_convexity is not None and not corrected:
             return (proven,), 0
-        enough = ENOUGH * trees.norm(self.gradient)
+        tol = NEWTON_RTOL * trees.norm(self.gradient)
         start = trees.zeros_like(self.gradient)
-        newton = conjugate_gradients(self.product, self.gradient, start, enough, DISTANCE_STEPS, zero_start=True)
+        newton = conjugate_gradients(self.product, self.gradient, start, tol, DISTANCE_STEPS, zero_start=True)
         estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, 2 * trees.norm(newton.x))
         return (jnp.minimum(estimate, proven),), newton.steps
 
@@ -118,8 +124,14 @@ class SmoothSystem(System):
 
 def unsolved(residual, products) -> SolveInfo:
     """Of an adjoint that was taken as it is."""
-    status = jnp.zeros((), jnp.int32)
-    return SolveInfo(status, status, residual, jnp.full_like(residual, jnp.inf), Work.zero().plus(products=products))
+    zero = jnp.zeros((), jnp.int32)
+    return SolveInfo(
+        status=zero,
+        steps=zero,
+        residual=residual,
+        error=jnp.full_like(residual, jnp.inf),
+        evaluations=Work.zero().plus(products=products),
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,17 @@ class SmoothLower(Lower):
         return self._at(view, x, None)
 
     def _at(self, view, x, residual) -> SmoothSystem:
-        return SmoothSystem(view, x, *view.linearize(x), residual, self.linear_solver, self.max_products)
+        energy, gradient, product = view.linearize(x)
+        return SmoothSystem(
+            view=view,
+            x=x,
+            energy=energy,
+            gradient=gradient,
+            product=product,
+            residual=residual,
+            linear_solver=self.linear_solver,
+            max_products=self.max_products,
+        )
 
     def pairing(self, view, x, rest):
         """<grad_x energy, q>."""

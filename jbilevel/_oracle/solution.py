@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel._core import trees
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import guard, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays
@@ -94,6 +95,7 @@ def _bound(tol, adjoint_tol, x0) -> Bound:
 @partial(jax.jit, static_argnums=0)
 @full_float32
 def _solve(spec: Spec, params, data, x0, tol):
+    note_compilation(spec)
     system, info = spec.lower.solve(spec.view(params, data), x0, tol)
     return system.x, system.kept(), info
 

@@ -55,23 +55,23 @@ class SupportSystem(SmoothSystem):
     def adjoint(self, loss_gradient, start, tol) -> Adjoint:
         """H_SS q_S = (grad loss)_S with the biactive unknowns that the policy lets move."""
         sets = self.whole.index_sets(self.x, self.linearized[1], self.step, self.policy.biactive_tol)
-        penalty, flat = self.whole.penalty, 64 * trees.eps(self.x) / self.step
+        penalty, rounding = self.whole.penalty, 64 * trees.eps(self.x) / self.step
 
-        def along(v, extra):
-            """Its part along the direction in which each biactive unknown would leave zero, where ``extra``."""
+        def along(v, one_sided):
+            """Its part along the direction in which each biactive unknown would leave zero, where ``one_sided``."""
             inner = jax.tree.map(jnp.multiply, sets.direction, v)
             if penalty.axis is not None:
                 inner = jax.tree.map(lambda leaf: jnp.sum(leaf, penalty.axis, keepdims=True), inner)
-            return jax.tree.map(lambda e, leaf: jnp.where(e, leaf, 0.0), extra, inner)
+            return jax.tree.map(lambda e, leaf: jnp.where(e, leaf, 0.0), one_sided, inner)
 
-        def solve(extra, q):
-            support = SupportView(self.whole, sets.active, extra, sets.direction)
+        def solve(one_sided, q):
+            support = SupportView(self.whole, sets.active, one_sided, sets.direction)
             plain = support.product(self.x, self.linearized[2])
 
             def system(d):
                 mapped = trees.add_scaled(plain(d), self.policy.damping, support.project(d))
                 # curvature that is rounding counts as none, so that dependent columns end CG before it divides by it
-                curved = trees.dot(d, mapped) > flat * trees.squared_norm(d)
+                curved = trees.dot(d, mapped) > rounding * trees.squared_norm(d)
                 return trees.where(curved, mapped, trees.zeros_like(mapped))
 
             rhs, limit = support.project(loss_gradient), self.max_products
@@ -80,26 +80,26 @@ class SupportSystem(SmoothSystem):
             return support.project(q), info._replace(status=status)
 
         none = jax.tree.map(jnp.zeros_like, sets.biactive)
-        lowers = jax.tree.map(lambda part: part < 0, along(loss_gradient, sets.biactive))  # the loss, off zero
-        extra = {"none": none, "sign": lowers}.get(self.policy.biactive, sets.biactive)
-        q, info = solve(extra, start)
+        descending = jax.tree.map(lambda part: part < 0, along(loss_gradient, sets.biactive))  # the loss, off zero
+        one_sided = {"none": none, "sign": descending}.get(self.policy.biactive, sets.biactive)
+        q, info = solve(one_sided, start)
         if self.policy.biactive == "self-consistent":
             # those that the adjoint does not want off zero leave, until all agree
-            def disagree(extra, q):
-                return jax.tree.map(lambda part: part > 0, along(q, extra))
+            def disagree(one_sided, q):
+                return jax.tree.map(lambda part: part > 0, along(q, one_sided))
 
-            def some(carry):
+            def any_disagree(carry):
                 return jnp.any(jnp.stack([jnp.any(leaf) for leaf in jax.tree.leaves(disagree(*carry[:2]))]))
 
             def drop(carry):
-                extra, q, info = carry
-                extra = jax.tree.map(lambda e, off: e & ~off, extra, disagree(extra, q))
-                q, again = solve(extra, q)
+                one_sided, q, info = carry
+                one_sided = jax.tree.map(lambda e, off: e & ~off, one_sided, disagree(one_sided, q))
+                q, again = solve(one_sided, q)
                 evaluations = info.evaluations.join(again.evaluations)
-                return extra, q, again._replace(steps=info.steps + again.steps, evaluations=evaluations)
+                return one_sided, q, again._replace(steps=info.steps + again.steps, evaluations=evaluations)
 
-            extra, q, info = jax.lax.while_loop(some, drop, (extra, q, info))
-        return Adjoint(q, info.residual, info, SupportView(self.whole, sets.active, extra, sets.direction))
+            one_sided, q, info = jax.lax.while_loop(any_disagree, drop, (one_sided, q, info))
+        return Adjoint(q, info.residual, info, SupportView(self.whole, sets.active, one_sided, sets.direction))
 
     def at_adjoint(self, adjoint: Adjoint) -> SupportSystem:
         return self.on(adjoint.parts)
@@ -120,8 +120,8 @@ class SupportSystem(SmoothSystem):
         # the step stays on one support: where another begins it proves nothing
         x = support.project(found.system.x)
         after, rounding = self._proven_residual(x), trees.eps(self.x) * trees.norm(self.x) / self.step * 64
-        crossed = ~(after <= jnp.maximum(self.solved, rounding))
-        left = jnp.where(crossed | ~acceptable(adjoint.info.status), jnp.inf, found.residual_ratio)
+        outside = ~(after <= jnp.maximum(self.solved, rounding))
+        residual_ratio = jnp.where(outside | ~acceptable(adjoint.info.status), jnp.inf, found.residual_ratio)
         system = replace(found.system, x=x, residual=after)
         improved = found.adjoint._replace(q=support.project(found.adjoint.q))
         halfway = _point(support, *(support.project(part) for part in found.halfway))
@@ -130,7 +130,7 @@ class SupportSystem(SmoothSystem):
             adjoint=improved,
             halfway=halfway,
             point=system.point(improved),
-            residual_ratio=left,
+            residual_ratio=residual_ratio,
             evaluations=found.evaluations.plus(gradients=1),
         )
 
@@ -171,8 +171,8 @@ class SupportLower(Lower):
     def solve(self, view, x0, tol):
         system, info = self._solve(view, x0, tol)
         sets = view.index_sets(system.x, system.linearized[1], system.step, 0.0)
-        still = jax.tree.map(jnp.zeros_like, sets.active)
-        return system.on(SupportView(view, sets.active, still, sets.direction)), info
+        none = jax.tree.map(jnp.zeros_like, sets.active)
+        return system.on(SupportView(view, sets.active, none, sets.direction)), info
 
     def solve_both(self, view, loss_gradient_at, warm, tol, adjoint_tol):
         system, info = self._solve(view, warm.x, tol)

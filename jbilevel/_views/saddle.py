@@ -100,10 +100,16 @@ class SaddleView(View):
     def flip(self):
         """The same problem as min over y, max over x: <-K*y, x> + f*(y) - g(x)."""
         return replace(
-            self, linear=lambda y: trees.neg(self.transpose(y)), transpose=lambda x: trees.neg(self.linear(x)),
-            prox_primal=self.prox_dual, prox_dual=self.prox_primal, mu_primal=self.mu_dual, mu_dual=self.mu_primal,
-            scaling=self.scaling[::-1], steps=None if self.steps is None else self.steps[::-1],
-        )  # fmt: skip
+            self,
+            linear=lambda y: trees.neg(self.transpose(y)),
+            transpose=lambda x: trees.neg(self.linear(x)),
+            prox_primal=self.prox_dual,
+            prox_dual=self.prox_primal,
+            mu_primal=self.mu_dual,
+            mu_dual=self.mu_primal,
+            scaling=self.scaling[::-1],
+            steps=None if self.steps is None else self.steps[::-1],
+        )
 
 
 def random_like(tree, seed: int):
@@ -126,17 +132,17 @@ def power_norm(view: SaddleView, x, steps: int = POWER_STEPS):
         return normalised(prox.times(t, view.transpose(prox.times(s, view.linear(v)))))
 
     v = jax.lax.fori_loop(0, steps, step, normalised(random_like(x, 0)))
-    length, image = lengths(view, v, view.linear(v))
+    length, image = scaled_norms(view, v, view.linear(v))
     return jnp.where(length > 0, image / jnp.where(length > 0, length, 1.0), 0.0)
 
 
-def lengths(view: SaddleView, v, image):
+def scaled_norms(view: SaddleView, v, image):
     """Of v and of K v in the norms of the scaling, in which ``norm`` bounds their ratio."""
     t, s = view.scaling
     return jnp.sqrt(trees.dot(v, prox.divided(v, t))), jnp.sqrt(trees.dot(image, prox.times(s, image)))
 
 
-def apart(function, params, v):
+def unfused(function, params, v):
     """function(v), computed once and stored: K and K* inside the loops of solvers.
 
     XLA on a CPU fuses a convolution into all that consumes its result, and so computes it several times (13 times
@@ -148,10 +154,10 @@ def apart(function, params, v):
     def branch(v):
         inexact = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
         first = jnp.ravel(jnp.asarray((inexact or jax.tree.leaves(v))[0]))[0]
-        lost = jnp.real(first) > 0.5 * jnp.finfo(first.dtype).max
-        nothing = lambda v: jax.tree.map(  # noqa: E731
+        overflow = jnp.real(first) > 0.5 * jnp.finfo(first.dtype).max
+        nans = lambda v: jax.tree.map(  # noqa: E731
             lambda o: jnp.full(o.shape, jnp.nan, o.dtype), jax.eval_shape(function, v)
         )
-        return jax.lax.cond(jax.lax.stop_gradient(lost), nothing, function, v)
+        return jax.lax.cond(jax.lax.stop_gradient(overflow), nans, function, v)
 
     return jax.lax.platform_dependent(v, cpu=branch, default=function)

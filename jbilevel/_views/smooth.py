@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,22 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.constants import Constants
 from jbilevel._views.base import View
+
+
+class QuadraticModel(NamedTuple):
+    """A smooth energy to second order around x: value + <gradient, d> + 1/2 <d, product(d)>."""
+
+    x: Any
+    value: Any
+    gradient: Any
+    gradient_norm: Any
+    product: Callable
+
+    @classmethod
+    def of(cls, view, x) -> QuadraticModel:
+        """From one evaluation, `SmoothView.linearize`."""
+        value, gradient, product = view.linearize(x)
+        return cls(x=x, value=value, gradient=gradient, gradient_norm=trees.norm(gradient), product=product)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Penalty(NamedTuple):
         """sign(v), or v_g/|v_g|: the derivative of the absolute values off zero, 0 at zero."""
         return jax.tree.map(lambda leaf, s: leaf / jnp.where(s > 0, s, 1.0), v, self.sizes(v))
 
-    def stay(self, z, base):
+    def project_orthant(self, z, base):
         """z, but 0 in penalised entries (groups) that left the half-space of ``base``, where G has kinks in between."""
 
         def clip(z, b, w):
@@ -141,14 +141,14 @@ class WeightedL1View(View):
 class SupportView(View):
     """The smooth problem for the unknowns that may move: F(P z) + G(P z) + 1/2 |z - P z|^2.
 
-    P keeps the active entries (groups), of each entry (group) in ``extra`` the part along ``direction``, where it may
-    leave zero, and nothing else. The last term fixes the rest at zero, so that the Hessian P (H + G'') P + (I - P) is
-    as definite as H is on the support. Behaves like a `SmoothView`.
+    P keeps the active entries (groups), of each entry (group) in ``one_sided`` the part along ``direction``, where it
+    may leave zero, and nothing else. The last term fixes the rest at zero, so that the Hessian P (H + G'') P + (I - P)
+    is as definite as H is on the support. Behaves like a `SmoothView`.
     """
 
     view: WeightedL1View
     active: Any
-    extra: Any
+    one_sided: Any
     direction: Any
 
     @property
@@ -162,14 +162,14 @@ class SupportView(View):
     def project(self, z):
         """P z."""
         if self.view.penalty.axis is None:
-            keep = jax.tree.map(jnp.logical_or, self.active, self.extra)
+            keep = jax.tree.map(jnp.logical_or, self.active, self.one_sided)
             return jax.tree.map(lambda k, leaf: jnp.where(k, leaf, 0.0), keep, z)
 
-        def along(active, extra, u, leaf):
+        def along(active, one_sided, u, leaf):
             part = u * jnp.sum(u * leaf, self.view.penalty.axis, keepdims=True)
-            return jnp.where(active, leaf, jnp.where(extra, part, 0.0))
+            return jnp.where(active, leaf, jnp.where(one_sided, part, 0.0))
 
-        return jax.tree.map(along, self.active, self.extra, self.direction, z)
+        return jax.tree.map(along, self.active, self.one_sided, self.direction, z)
 
     def penalty_hessian(self, x):
         """d -> G''(x) d on the active groups, weight/|x_g| (d - u <u, d>); None for absolute values: there is none."""
@@ -177,14 +177,15 @@ class SupportView(View):
         if penalty.axis is None:
             return None
         sizes, u = penalty.sizes(x), penalty.direction(x)
-        stiffness = jax.tree.map(
-            lambda a, s, w: jnp.where(a & (s > 0), w / jnp.where(s > 0, s, 1.0), 0.0), self.active, sizes,
-            penalty.weights,
-        )  # fmt: skip
+
+        def curvature(active, size, weight):
+            return jnp.where(active & (size > 0), weight / jnp.where(size > 0, size, 1.0), 0.0)
+
+        curvatures = jax.tree.map(curvature, self.active, sizes, penalty.weights)
 
         def apply(d):
             across = lambda k, u, d: k * (d - u * jnp.sum(u * d, penalty.axis, keepdims=True))  # noqa: E731
-            return jax.tree.map(across, stiffness, u, d)
+            return jax.tree.map(across, curvatures, u, d)
 
         return apply
 
@@ -205,17 +206,19 @@ class SupportView(View):
         kept = self.project(z)
         penalty = self.view.penalty
         # off zero along the fixed direction absolute values are linear; norms of groups are not
-        slopes = self.direction if penalty.axis is None else self._slopes(kept)
-        weighted = jax.tree.map(lambda w, u: jnp.where(u != 0, w * u, 0.0), penalty.weights, slopes)
+        size_gradient = self.direction if penalty.axis is None else self._group_size_gradient(kept)
+        weighted = jax.tree.map(lambda w, u: jnp.where(u != 0, w * u, 0.0), penalty.weights, size_gradient)
         fixed = trees.sub(z, kept)
         total = trees.add(self.project(trees.add(gradient, weighted)), fixed)
         value = value + trees.dot(weighted, kept) + 0.5 * trees.squared_norm(fixed)
         return value, total, self.product(kept, hessian)
 
-    def _slopes(self, kept):
-        moving = self.view.penalty.direction(kept)
-        return jax.tree.map(lambda a, u, fixed: jnp.where(a & jnp.any(u != 0, self.view.penalty.axis, keepdims=True),
-                                                          u, fixed), self.active, moving, self.direction)  # fmt: skip
+    def _group_size_gradient(self, kept):
+        def choose(active, moving, fixed):
+            off_zero = jnp.any(moving != 0, self.view.penalty.axis, keepdims=True)
+            return jnp.where(active & off_zero, moving, fixed)
+
+        return jax.tree.map(choose, self.active, self.view.penalty.direction(kept), self.direction)
 
     def linearize(self, z):
         return self.assemble(z, *self.view.smooth.linearize(self.project(z)))

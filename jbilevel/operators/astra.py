@@ -13,7 +13,7 @@ import numpy as np
 
 from jbilevel.operators import norms
 from jbilevel.operators.base import LinearOperator, check_tolerance
-from jbilevel.operators.functions import from_callbacks
+from jbilevel.operators.functions import FromCallbacks
 from jbilevel.operators.mismatch import adjoint_mismatch
 from jbilevel.operators.xray import ParallelBeam
 
@@ -102,7 +102,16 @@ class Astra(LinearOperator):
     @property
     def _callbacks(self):
         hosts = _Host(self, False), _Host(self, True)
-        return from_callbacks(*hosts, self.in_shape, self.out_shape, batched=True, exact_adjoint=self.exact_adjoint)
+        return FromCallbacks(
+            *hosts,
+            in_shape=self.in_shape,
+            out_shape=self.out_shape,
+            dtype="float32",
+            takes_batch=True,
+            in_kind="real",
+            out_kind="real",
+            exact_adjoint=self.exact_adjoint,
+        )
 
     def norm(self, tol: float = 1e-3) -> float:
         """As for `ParallelBeam`, rounding in float32 apart; an estimate where the transpose is not exact."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core.contracts import Contract
+from jbilevel._core.validate import native
 from jbilevel.operators import linear, norms
 
 
@@ -168,7 +169,7 @@ def checked(x, shape, kind: str, owner: str):
         if not isinstance(x, (tuple, list)) or len(x) != len(shape):
             raise ValueError(f"x of {owner} must be a tuple of {len(shape)} arrays of shapes {shape}.")
         return tuple(checked(v, s, kind, owner) for v, s in zip(x, shape, strict=True))
-    x = jnp.asarray(x)
+    x = jnp.asarray(native(x))
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"x of {owner} must be floating, got {x.dtype}: convert it with x.astype(float).")
     if kind == "real" and jnp.iscomplexobj(x):

@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel.operators import norms
 from jbilevel.operators.base import LinearOperator, shape_of
+
+TESTS = 2  # random pairs
+MISMATCH = 1e-4  # of which this much may be rounding, in float32 sums over a scan
 
 
 def from_functions(
@@ -32,6 +36,10 @@ def from_functions(
       in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
       exact_adjoint: False if ``transpose`` only approximates A^T.
 
+    Raises:
+      ValueError: ``transpose`` does not pass dot tests, and ``exact_adjoint`` does not say so. Random vectors average
+        a small mismatch away, so passing them proves little; see `adjoint_mismatch`.
+
     Two operators made of the same function objects are equal: define the functions once. `dot_test` compares the pair.
 
     >>> import jax.numpy as jnp
@@ -44,15 +52,37 @@ def from_functions(
         _check_callable(transpose, "transpose")
     kinds = _kinds(in_kind, out_kind)
     shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
-    return FromFunctions(
-        function=forward,
-        transposed=transpose,
-        in_shape=shapes[0],
-        out_shape=shapes[1],
-        in_kind=kinds[0],
-        out_kind=kinds[1],
-        exact_adjoint=exact_adjoint,
+    return _checked(
+        FromFunctions(
+            function=forward,
+            transposed=transpose,
+            in_shape=shapes[0],
+            out_shape=shapes[1],
+            in_kind=kinds[0],
+            out_kind=kinds[1],
+            exact_adjoint=exact_adjoint,
+        )
     )
+
+
+def _checked(operator: FromFunctions | FromCallbacks):
+    """The operator; ValueError where it says that its adjoint is exact and dot tests show that it is not."""
+    if operator.transposed is None or not operator.exact_adjoint:
+        return operator
+    try:
+        with jax.ensure_compile_time_eval():
+            gap = max(float(norms.adjoint_gap(operator, jax.random.key(k))) for k in range(TESTS))
+    except (jax.errors.UnexpectedTracerError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            "`forward` or `transpose` of an operator closes over a traced value, but operators are static; write what "
+            "depends on `params` with plain JAX functions, in the energy or in `linear`."
+        ) from error
+    if gap > MISMATCH:
+        raise ValueError(
+            f"`transpose` is not the transpose of `forward`: <A x, y> and <x, A^T y> differ by {gap:.1e} of "
+            "||A x|| ||y||; mend it, or say `exact_adjoint=False`, and nothing is certified."
+        )
+    return operator
 
 
 @dataclass(frozen=True)
@@ -112,6 +142,9 @@ def from_callbacks(
       in_kind, out_kind: "real" or "complex"; ``out_kind`` is ``in_kind`` by default.
       exact_adjoint: say False if ``transpose`` is not the exact transpose; `adjoint_mismatch` measures it.
 
+    Raises:
+      ValueError: ``transpose`` does not pass dot tests, and ``exact_adjoint`` does not say so.
+
     A host function that returns another shape, a kind that was not declared, or NaN for a finite sample raises from the
     callback, as an error of the JAX runtime whose last line says what was wrong.
 
@@ -126,16 +159,18 @@ def from_callbacks(
         raise ValueError(f"`dtype` must be 'float32' or 'float64', got {dtype!r}.")
     shapes = shape_of(in_shape, "in_shape"), shape_of(out_shape, "out_shape")
     kinds = _kinds(in_kind, out_kind)
-    return FromCallbacks(
-        function=forward,
-        transposed=transpose,
-        in_shape=shapes[0],
-        out_shape=shapes[1],
-        dtype=np.dtype(dtype).name,
-        takes_batch=bool(batched),
-        in_kind=kinds[0],
-        out_kind=kinds[1],
-        exact_adjoint=exact_adjoint,
+    return _checked(
+        FromCallbacks(
+            function=forward,
+            transposed=transpose,
+            in_shape=shapes[0],
+            out_shape=shapes[1],
+            dtype=np.dtype(dtype).name,
+            takes_batch=bool(batched),
+            in_kind=kinds[0],
+            out_kind=kinds[1],
+            exact_adjoint=exact_adjoint,
+        )
     )
 
 

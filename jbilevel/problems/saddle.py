@@ -16,7 +16,7 @@ from jbilevel._core import trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._core.validate import as_start, require_hashable, start_shapes, traced
 from jbilevel._views.base import Problem
-from jbilevel._views.saddle import POWER_SAFETY, SaddleView, apart, power_norm, random_like
+from jbilevel._views.saddle import POWER_SAFETY, SaddleView, power_norm, random_like, unfused
 from jbilevel.solvers.pdhg import PDHG
 
 Number = float | Callable[[Any, Any], Any]
@@ -96,13 +96,18 @@ class SaddleProblem(Problem):
         # numbers that are 0 are unknown moduli, which solvers have to see without tracing
         moduli = [None if isinstance(mu, numbers.Real) and mu == 0 else mu for mu in moduli]
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
+        mu_primal, mu_dual = jax.lax.stop_gradient(moduli)
         view = SaddleView(
-            partial(apart, lambda x: self.linear(params, x, data), params),
-            partial(apart, self._transposed(params, data), params),
-            lambda v, step: self.prox_primal(params, v, step, data),
-            lambda v, step: self.prox_dual(params, v, step, data),
-            *jax.lax.stop_gradient(moduli), None, self.norm is not None, jax.lax.stop_gradient(scaling),
-        )  # fmt: skip
+            linear=partial(unfused, lambda x: self.linear(params, x, data), params),
+            transpose=partial(unfused, self._transposed(params, data), params),
+            prox_primal=lambda v, step: self.prox_primal(params, v, step, data),
+            prox_dual=lambda v, step: self.prox_dual(params, v, step, data),
+            mu_primal=mu_primal,
+            mu_dual=mu_dual,
+            norm=None,
+            proven_norm=self.norm is not None,
+            scaling=jax.lax.stop_gradient(scaling),
+        )
         if self.norm is None:
             norm = POWER_SAFETY * power_norm(view, jax.eval_shape(self.start, params, data)[0])
         else:

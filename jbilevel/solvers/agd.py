@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import Work
 from jbilevel.solvers.base import Solver
-from jbilevel.solvers.loop import secant
+from jbilevel.solvers.loop import Iterate, secant
 
 
 class AGDState(NamedTuple):
@@ -47,66 +47,77 @@ class AGD(Solver):
         return self.smoothness if self.smoothness is not None else view.constants.smoothness
 
     def init(self, view, x0, target) -> AGDState:
-        first = first_look(view, x0, self.smoothness)
-        return AGDState(*first, x0, jnp.ones_like(first.residual), first.curvature)
+        first = first_iterate(view, x0, self.smoothness)
+        return AGDState(
+            **first._asdict(),
+            previous=x0,
+            t=jnp.ones_like(first.residual),
+            smoothness=first.curvature,
+        )
 
     def step(self, view, state: AGDState, target) -> AGDState:
         known = self._smoothness(view) is not None
         point = trees.add_scaled(state.x, -1.0 / state.smoothness, state.gradient)
         beta, t = self._momentum(view, state, point)
-        moved = trees.add_scaled(point, beta, trees.sub(point, state.previous))
+        extrapolated = trees.add_scaled(point, beta, trees.sub(point, state.previous))
         work = state.evaluations.plus(gradients=1)
         if known:
-            value, gradient = view.value_and_gradient(moved)
+            value, gradient = view.value_and_gradient(extrapolated)
             return state._replace(
-                x=moved, gradient=gradient, residual=trees.norm(gradient), evaluations=work, value=value,
-                previous=point, t=t,
-            )  # fmt: skip
-        # sufficient decrease of the gradient step, with room for rounding in the difference of two values
-        room = 10 * trees.eps(state.x) * jnp.abs(state.value)
-        enough = view.value(point) <= state.value - 0.5 * state.residual**2 / state.smoothness + room
-        moved = trees.where(enough, moved, state.x)
-        value, gradient = view.value_and_gradient(moved)
+                x=extrapolated,
+                gradient=gradient,
+                residual=trees.norm(gradient),
+                evaluations=work,
+                value=value,
+                previous=point,
+                t=t,
+            )
+        # of the gradient step, up to rounding in the difference of two values
+        rounding = 10 * trees.eps(state.x) * jnp.abs(state.value)
+        sufficient = view.value(point) <= state.value - 0.5 * state.residual**2 / state.smoothness + rounding
+        extrapolated = trees.where(sufficient, extrapolated, state.x)
+        value, gradient = view.value_and_gradient(extrapolated)
         work = work.plus(values=1)
-        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, moved, gradient))
-        accepted = AGDState(moved, gradient, trees.norm(gradient), curvature, work, value, point, t, state.smoothness)
+        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, extrapolated, gradient))
+        accepted = AGDState(
+            x=extrapolated,
+            gradient=gradient,
+            residual=trees.norm(gradient),
+            curvature=curvature,
+            evaluations=work,
+            value=value,
+            previous=point,
+            t=t,
+            smoothness=state.smoothness,
+        )
         rejected = state._replace(smoothness=2 * state.smoothness, evaluations=work)
-        return trees.where(enough, accepted, rejected)
+        return trees.where(sufficient, accepted, rejected)
 
     def _momentum(self, view, state, point):
         if not self.momentum:
             return 0.0, state.t
         restart = trees.dot(state.gradient, trees.sub(point, state.previous)) > 0
         t = jnp.where(restart, 1.0, state.t)
-        following = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
-        beta = jnp.where(restart, 0.0, (t - 1) / following)
+        t_next = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
+        beta = jnp.where(restart, 0.0, (t - 1) / t_next)
         mu = view.constants.strong_convexity
         if mu is not None:
             root = jnp.sqrt(jnp.clip(mu / state.smoothness, 0.0, 1.0))
             # mu = 0 would give the constant momentum 1, which does not converge
             beta = jnp.where(root > 0, (1 - root) / (1 + root), beta)
-        return beta, following
+        return beta, t_next
 
     def value(self, state):
         return state.value
 
 
-class Look(NamedTuple):
-    """The fields with which the states of the solvers for smooth energies begin."""
-
-    x: Any
-    gradient: Any
-    residual: Any  # norm of the gradient
-    curvature: Any  # L, or the largest secant along the way
-    evaluations: Work
-    value: Any
-
-
-def first_look(view, x0, smoothness=None) -> Look:
+def first_iterate(view, x0, smoothness=None) -> Iterate:
+    """What the states of the solvers for smooth energies begin with."""
     value, gradient = view.value_and_gradient(x0)
     residual = trees.norm(gradient)
     curvature, more = first_curvature(view, x0, gradient, residual, smoothness)
-    return Look(x0, gradient, residual, curvature, Work.zero().plus(gradients=1 + more), value)
+    work = Work.zero().plus(gradients=1 + more)
+    return Iterate(x=x0, gradient=gradient, residual=residual, curvature=curvature, evaluations=work, value=value)
 
 
 def first_curvature(view, x, gradient, residual, smoothness=None):

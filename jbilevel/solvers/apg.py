@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import Work
-from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.agd import first_iterate
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
@@ -72,37 +72,58 @@ class NonmonotoneAPG(Solver):
     patience = 500
 
     def init(self, view, x0, target) -> APGState:
-        first = first_look(view, x0)
+        first = first_iterate(view, x0)
         one = jnp.ones_like(first.residual)
-        return APGState(*first, x0, x0, one, jnp.zeros_like(one), first.value, one, 1 / first.curvature)
+        return APGState(
+            **first._asdict(),
+            previous=x0,
+            z=x0,
+            t=one,
+            t_previous=jnp.zeros_like(one),
+            reference=first.value,
+            weight=one,
+            step=1 / first.curvature,
+        )
 
     def step(self, view, state: APGState, target) -> APGState:
-        toward_z, away = state.t_previous / state.t, (state.t_previous - 1) / state.t
+        toward_z, momentum = state.t_previous / state.t, (state.t_previous - 1) / state.t
         y = trees.add_scaled(state.x, toward_z, trees.sub(state.z, state.x))
-        y = trees.add_scaled(y, away, trees.sub(state.x, state.previous))
+        y = trees.add_scaled(y, momentum, trees.sub(state.x, state.previous))
         value, gradient = view.value_and_gradient(y)
-        room = 10 * trees.eps(y) * jnp.abs(state.reference)
-        reference = state.reference + room
+        rounding = 10 * trees.eps(y) * jnp.abs(state.reference)
+        reference = state.reference + rounding
         z = self._search(view, y, gradient, state.step, jnp.maximum(value, reference), True)
-        good = z.value <= reference - self.delta * z.step * trees.squared_norm(gradient)
-        v = self._search(view, state.x, state.gradient, state.step, reference, ~good)
+        sufficient = z.value <= reference - self.delta * z.step * trees.squared_norm(gradient)
+        v = self._search(view, state.x, state.gradient, state.step, reference, ~sufficient)
         # neither decreases: x stays, and the next search starts from shorter steps
-        stay = _Trial(state.x, state.value, state.gradient, v.step, v.trials, True)
-        better = trees.where(v.accepted, v, stay)
-        new = trees.where(good | (z.accepted & (z.value <= better.value)), z, better)
+        unchanged = _Trial(
+            point=state.x, value=state.value, gradient=state.gradient, step=v.step, trials=v.trials, accepted=True
+        )
+        better = trees.where(v.accepted, v, unchanged)
+        new = trees.where(sufficient | (z.accepted & (z.value <= better.value)), z, better)
 
         weight = self.eta * state.weight + 1
         mean = (self.eta * state.weight * state.reference + new.value) / weight
-        again = self.restart & (trees.dot(gradient, trees.sub(new.point, state.x)) > 0)
-        t = jnp.where(again, 1.0, 0.5 * (1 + jnp.sqrt(1 + 4 * state.t**2)))
-        t_previous = jnp.where(again, 0.0, state.t)  # then the next y is the next x
+        restart = self.restart & (trees.dot(gradient, trees.sub(new.point, state.x)) > 0)
+        t = jnp.where(restart, 1.0, 0.5 * (1 + jnp.sqrt(1 + 4 * state.t**2)))
+        t_previous = jnp.where(restart, 0.0, state.t)  # then the next y is the next x
         length = self._barzilai_borwein(y, gradient, new)
         curvature = secant(y, gradient, new.point, new.gradient)
         return APGState(
-            new.point, new.gradient, trees.norm(new.gradient), jnp.maximum(state.curvature, curvature),
-            state.evaluations.plus(gradients=1 + z.trials + v.trials), new.value,
-            trees.where(again, new.point, state.x), z.point, t, t_previous, mean, weight, length,
-        )  # fmt: skip
+            x=new.point,
+            gradient=new.gradient,
+            residual=trees.norm(new.gradient),
+            curvature=jnp.maximum(state.curvature, curvature),
+            evaluations=state.evaluations.plus(gradients=1 + z.trials + v.trials),
+            value=new.value,
+            previous=trees.where(restart, new.point, state.x),
+            z=z.point,
+            t=t,
+            t_previous=t_previous,
+            reference=mean,
+            weight=weight,
+            step=length,
+        )
 
     def _search(self, view, point, gradient, step, reference, wanted) -> _Trial:
         """Shrink the step until energy(point - step gradient) <= reference - delta step ||gradient||^2."""
@@ -111,12 +132,26 @@ class NonmonotoneAPG(Solver):
         def attempt(trial: _Trial) -> _Trial:
             step = jnp.where(trial.trials > 0, self.rho * trial.step, trial.step)
             candidate = trees.add_scaled(point, -step, gradient)
-            value, slope = view.value_and_gradient(candidate)
-            accepted = (value <= reference - self.delta * step * squared) & jnp.isfinite(trees.squared_norm(slope))
-            return _Trial(candidate, value, slope, step, trial.trials + 1, accepted)
+            value, candidate_gradient = view.value_and_gradient(candidate)
+            decreased = value <= reference - self.delta * step * squared
+            accepted = decreased & jnp.isfinite(trees.squared_norm(candidate_gradient))
+            return _Trial(
+                point=candidate,
+                value=value,
+                gradient=candidate_gradient,
+                step=step,
+                trials=trial.trials + 1,
+                accepted=accepted,
+            )
 
-        zero = jnp.zeros((), jnp.int32)
-        start = _Trial(point, jnp.full_like(reference, jnp.inf), gradient, step, zero, jnp.asarray(False))
+        start = _Trial(
+            point=point,
+            value=jnp.full_like(reference, jnp.inf),
+            gradient=gradient,
+            step=step,
+            trials=jnp.zeros((), jnp.int32),
+            accepted=jnp.asarray(False),
+        )
         return jax.lax.while_loop(lambda t: wanted & ~t.accepted & (t.trials < self.trials), attempt, start)
 
     def _barzilai_borwein(self, y, gradient, new: _Trial):
@@ -125,10 +160,10 @@ class NonmonotoneAPG(Solver):
         The shorter one of Barzilai & Borwein's (1988) two lengths, which suits momentum better.
         """
         s, r = trees.sub(new.point, y), trees.sub(new.gradient, gradient)
-        bend, squared = trees.dot(s, r), trees.squared_norm(r)
+        sr, rr = trees.dot(s, r), trees.squared_norm(r)
         informative = trees.norm(s) > 4 * trees.eps(y) * trees.norm(y)  # not only rounding
-        positive = informative & (bend > 0)
-        return jnp.where(positive, bend / jnp.where(positive, squared, 1.0), new.step / self.rho)
+        positive = informative & (sr > 0)
+        return jnp.where(positive, sr / jnp.where(positive, rr, 1.0), new.step / self.rho)
 
     def value(self, state):
         return state.value

@@ -17,16 +17,16 @@ class CGState(NamedTuple):
     x: Any
     residual: Any  # b - H x, by recurrence
     direction: Any
-    squared: Any  # ||residual||^2
+    rr: Any  # <r, r>, r the residual
     # by recurrences (Steihaug 1983), because a reduction costs as much as the rest of a step
-    length: Any  # ||direction||^2
-    along: Any  # <x - x0, direction>
-    travelled: Any  # ||x - x0||^2
-    origin: Any  # ||x0||
+    pp: Any  # <p, p>, p the direction
+    dp: Any  # <d, p>, d = x - x0
+    dd: Any  # <d, d>
+    start_norm: Any  # ||x0||
     curvature: Any  # largest p'Hp/p'p met
     steps: Any
-    best: Any  # squared when it last fell by 2 per cent
-    since: Any  # steps since then
+    best: Any  # rr when it last fell by 2 per cent
+    stalled: Any  # steps since then
     status: Any
 
 
@@ -37,11 +37,25 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> CGSt
     it, or x0. ``zero_start`` saves the product H x0 when x0 is known to be zero.
     """
     r = b if zero_start else trees.cast_like(trees.sub(b, product(x0)), b)
-    squared = trees.squared_norm(r)
+    rr = trees.squared_norm(r)
     zero = jnp.zeros((), jnp.int32)
-    none, never = jnp.zeros_like(squared), jnp.full_like(squared, jnp.inf)
-    origin = none if zero_start else trees.norm(x0)
-    start = CGState(x0, r, r, squared, squared, none, none, origin, none, zero, never, zero, zero)
+    none, never = jnp.zeros_like(rr), jnp.full_like(rr, jnp.inf)
+    start_norm = none if zero_start else trees.norm(x0)
+    start = CGState(
+        x=x0,
+        residual=r,
+        direction=r,
+        rr=rr,
+        pp=rr,
+        dp=none,
+        dd=none,
+        start_norm=start_norm,
+        curvature=none,
+        steps=zero,
+        best=never,
+        stalled=zero,
+        status=zero,
+    )
     return resume(product, start, tol, max_steps)
 
 
@@ -49,42 +63,54 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
     """Go on from a state of `iterate`, with another tolerance or step limit (counted from the first step)."""
     eps = trees.eps(state.x)
 
-    def judge(s: CGState) -> CGState:
-        better = s.squared < 0.98 * s.best
-        since = jnp.where(better, 0, s.since + 1)
-        floor = 16 * eps * s.curvature * (s.origin + jnp.sqrt(jnp.maximum(s.travelled, 0.0)))
+    def update_status(s: CGState) -> CGState:
+        better = s.rr < 0.98 * s.best
+        stalled = jnp.where(better, 0, s.stalled + 1)
+        floor = 16 * eps * s.curvature * (s.start_norm + jnp.sqrt(jnp.maximum(s.dd, 0.0)))
         status = jnp.where(s.steps >= max_steps, Status.MAX_STEPS, s.status)
-        stuck = (since >= PATIENCE) & (jnp.sqrt(s.squared) <= 1e3 * floor)
-        status = jnp.where(stuck | ((s.steps > 0) & (jnp.sqrt(s.squared) <= floor)), Status.PRECISION, status)
+        stagnated = (stalled >= PATIENCE) & (jnp.sqrt(s.rr) <= 1e3 * floor)
+        rounding = (s.steps > 0) & (jnp.sqrt(s.rr) <= floor)
+        status = jnp.where(stagnated | rounding, Status.PRECISION, status)
         status = jnp.where(s.status == Status.INDEFINITE, Status.INDEFINITE, status)
-        status = jnp.where(jnp.sqrt(s.squared) <= tol, Status.CONVERGED, status)
-        status = jnp.where(jnp.isfinite(s.squared), status, Status.NONFINITE)
-        best = jnp.where(better, s.squared, s.best)
-        return s._replace(best=best, since=since, status=status.astype(jnp.int32))
+        status = jnp.where(jnp.sqrt(s.rr) <= tol, Status.CONVERGED, status)
+        status = jnp.where(jnp.isfinite(s.rr), status, Status.NONFINITE)
+        best = jnp.where(better, s.rr, s.best)
+        return s._replace(best=best, stalled=stalled, status=status.astype(jnp.int32))
 
     def step(s: CGState) -> CGState:
-        mapped = trees.cast_like(product(s.direction), s.direction)
-        curved = trees.dot(s.direction, mapped)
-        positive = curved > 0
-        alpha = jnp.where(positive, s.squared / jnp.where(positive, curved, 1.0), 0.0)
+        hp = trees.cast_like(product(s.direction), s.direction)
+        php = trees.dot(s.direction, hp)
+        positive = php > 0
+        alpha = jnp.where(positive, s.rr / jnp.where(positive, php, 1.0), 0.0)
         x = trees.add_scaled(s.x, alpha, s.direction)
-        r = trees.add_scaled(s.residual, -alpha, mapped)
-        squared = trees.squared_norm(r)
-        ratio = squared / s.squared
-        direction = trees.add_scaled(r, ratio, s.direction)
-        length = squared + ratio**2 * s.length
-        along = ratio * (s.along + alpha * s.length)
-        travelled = s.travelled + 2 * alpha * s.along + alpha**2 * s.length
+        r = trees.add_scaled(s.residual, -alpha, hp)
+        rr = trees.squared_norm(r)
+        beta = rr / s.rr
+        direction = trees.add_scaled(r, beta, s.direction)
+        pp = rr + beta**2 * s.pp
+        dp = beta * (s.dp + alpha * s.pp)
+        dd = s.dd + 2 * alpha * s.dp + alpha**2 * s.pp
         # a NaN product is NONFINITE, not a direction of negative curvature
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
-        squared = jnp.where(jnp.isnan(curved), jnp.nan, squared)
-        curvature = jnp.maximum(s.curvature, curved / s.length)
-        return judge(s._replace(
-            x=x, residual=r, direction=direction, squared=squared, length=length, along=along, travelled=travelled,
-            curvature=curvature, steps=s.steps + 1, status=status,
-        ))  # fmt: skip
+        rr = jnp.where(jnp.isnan(php), jnp.nan, rr)
+        curvature = jnp.maximum(s.curvature, php / s.pp)
+        following = s._replace(
+            x=x,
+            residual=r,
+            direction=direction,
+            rr=rr,
+            pp=pp,
+            dp=dp,
+            dd=dd,
+            curvature=curvature,
+            steps=s.steps + 1,
+            status=status,
+        )
+        return update_status(following)
 
-    start = judge(state._replace(status=jnp.full((), RUNNING, jnp.int32), best=jnp.full_like(state.best, jnp.inf)))
+    start = update_status(
+        state._replace(status=jnp.full((), RUNNING, jnp.int32), best=jnp.full_like(state.best, jnp.inf))
+    )
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
 
 
@@ -117,6 +143,10 @@ def finish(product, b, x, status, steps, tol, *, products) -> SolveInfo:
     status = jnp.where(drifted, Status.PRECISION, status)
     # where eps cond(H) is about 1 even rounding leaves a residual like that of x = 0: no solution to accept
     status = jnp.where((status == Status.PRECISION) & (residual > 0.1 * trees.norm(b)), Status.STAGNATED, status)
-    status = status.astype(jnp.int32)
-    work = Work.zero().plus(products=products + 1)
-    return SolveInfo(status, steps, residual, jnp.full_like(residual, jnp.inf), work)
+    return SolveInfo(
+        status=status.astype(jnp.int32),
+        steps=steps,
+        residual=residual,
+        error=jnp.full_like(residual, jnp.inf),
+        evaluations=Work.zero().plus(products=products + 1),
+    )

@@ -58,7 +58,8 @@ class External(Solver):
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.nan)  # the driver takes inf for "not yet known"
         smoothness = view.constants.smoothness
         curvature = jnp.asarray(0.0 if smoothness is None else smoothness, residual.dtype)
-        return Iterate(x, gradient, residual, curvature, Work.zero().plus(gradients=gradients + 1), value)
+        work = Work.zero().plus(gradients=gradients + 1)
+        return Iterate(x=x, gradient=gradient, residual=residual, curvature=curvature, evaluations=work, value=value)
 
     def first_residual(self, view, x0):
         return trees.norm(view.gradient(x0))

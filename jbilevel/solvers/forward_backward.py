@@ -10,16 +10,17 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import RUNNING, Status, Work
+from jbilevel._views.smooth import QuadraticModel
 from jbilevel._views.weighted_l1 import SupportView, WeightedL1View
 from jbilevel.solvers.agd import first_curvature
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.loop import secant
 
-# a Newton step has to lower the envelope by this share of the residual's term, or the residual by GAIN; it is halved
-# HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING, to CLOSE
-# after a Newton step that went well.
-DECREASE, GAIN, HALVINGS, FORCING, CLOSE = 1e-4, 0.5, 3, 1e-1, 1e-3
+# a Newton step has to lower the envelope by DECREASE of the residual's term, or the residual by RESIDUAL_DECREASE; it
+# is halved HALVINGS times, towards the forward-backward step, before it is given up. Its system is solved to FORCING,
+# to FAST_FORCING after a Newton step that went well.
+DECREASE, RESIDUAL_DECREASE, HALVINGS, FORCING, FAST_FORCING = 1e-4, 0.5, 3, 1e-1, 1e-3
 # by how much a secant may exceed L before L counts as wrong: rounding in a float32 gradient
 EXCESS = 0.02
 ROUNDING = 1e3
@@ -36,16 +37,16 @@ class ForwardBackwardState(NamedTuple):
     smoothness: Any  # the step is 1/smoothness
     point: Any  # where F is evaluated next
     previous: Any  # last point of that kind and the gradient there, for the secant
-    slope: Any
+    previous_gradient: Any
     t: Any
     merit: Any  # forward-backward envelope at the last point that was kept
-    trial: Any  # length of the Newton step that ``point`` is the end of, 0 when it is of another kind
+    newton_length: Any  # length of the Newton step that ``point`` is the end of, 0 when it is of another kind
     direction: Any  # of the Newton step, from x
     fallback: Any  # where FISTA goes on when it is given up
-    since: Any  # steps since the last Newton step that was refused
+    since_newton: Any  # steps since the last Newton step that was refused
     wait: Any  # how many of them make the next one worthwhile: as many as the last one cost
-    first: Any  # residual at the start, and FISTA's steps since: what a Newton step has to compete with
-    strides: Any
+    start_residual: Any  # at the start, and FISTA's steps since: what a Newton step has to compete with
+    fista_steps: Any
 
 
 class _Forward(NamedTuple):
@@ -97,12 +98,11 @@ class ForwardBackward(Solver):
     def init(self, view: WeightedL1View, x0, target) -> ForwardBackwardState:
         if not isinstance(view, WeightedL1View):
             raise TypeError("ForwardBackward solves a jb.WeightedL1Problem; smooth problems go to NewtonCG or AGD.")
-        smooth = view.smooth
-        value, gradient, hessian = smooth.linearize(x0)
-        size = trees.norm(gradient)
-        smoothness, more = first_curvature(smooth, x0, gradient, size)
-        since = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
-        forward = self._forward(view, x0, gradient, smoothness, value, hessian)
+        model = QuadraticModel.of(view.smooth, x0)
+        size = model.gradient_norm
+        smoothness, more = first_curvature(view.smooth, x0, model.gradient, size)
+        since_newton = jnp.where(trees.norm(x0) == 0, 0, self.wait).astype(jnp.int32)
+        forward = self._forward(view, model, smoothness)
         subgradient = trees.scale(forward.smoothness, trees.sub(x0, forward.x))
         residual = view.measure(trees.norm(subgradient), forward.smoothness)
         # soft thresholding would hide NaN
@@ -112,130 +112,166 @@ class ForwardBackward(Solver):
         work = Work.zero().plus(gradients=1 + more, values=forward.values)
         zero, one = jnp.zeros_like(size), jnp.ones_like(size)
         return ForwardBackwardState(
-            forward.x, subgradient, residual, zero, work, failure, forward.smoothness, forward.x, x0, gradient, one,
-            jnp.full_like(size, jnp.inf), zero, trees.zeros_like(x0), x0, since, jnp.full((), self.wait, jnp.int32),
-            residual, zero,
-        )  # fmt: skip
+            x=forward.x,
+            gradient=subgradient,
+            residual=residual,
+            curvature=zero,
+            evaluations=work,
+            failure=failure,
+            smoothness=forward.smoothness,
+            point=forward.x,
+            previous=x0,
+            previous_gradient=model.gradient,
+            t=one,
+            merit=jnp.full_like(size, jnp.inf),
+            newton_length=zero,
+            direction=trees.zeros_like(x0),
+            fallback=x0,
+            since_newton=since_newton,
+            wait=jnp.full((), self.wait, jnp.int32),
+            start_residual=residual,
+            fista_steps=zero,
+        )
 
     def step(self, view: WeightedL1View, state: ForwardBackwardState, target) -> ForwardBackwardState:
-        y = state.point
-        value, slope, hessian = view.smooth.linearize(y)
-        forward = self._forward(view, y, slope, state.smoothness, value, hessian)
+        model = QuadraticModel.of(view.smooth, state.point)
+        y, value, gradient = model.x, model.value, model.gradient
+        forward = self._forward(view, model, state.smoothness)
         smoothness, x = forward.smoothness, forward.x
-        gap = trees.sub(y, x)
-        subgradient = trees.scale(smoothness, gap)
+        displacement = trees.sub(y, x)
+        subgradient = trees.scale(smoothness, displacement)
         residual = view.measure(trees.norm(subgradient), smoothness)
-        quadratic = 0.5 * smoothness * trees.squared_norm(gap)
+        quadratic = 0.5 * smoothness * trees.squared_norm(displacement)
         # soft thresholding would hide NaN
-        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(trees.norm(slope)), residual, jnp.nan)
-        merit = value - trees.dot(slope, gap) + quadratic + view.penalty.value(x)
-        steepest = secant(state.previous, state.slope, y, slope)
+        residual = jnp.where(jnp.isfinite(value) & jnp.isfinite(model.gradient_norm), residual, jnp.nan)
+        merit = value - trees.dot(gradient, displacement) + quadratic + view.penalty.value(x)
+        secant_curvature = secant(state.previous, state.previous_gradient, y, gradient)
         failure = state.failure
         if view.constants.smoothness is not None:
-            failure = jnp.where(steepest > (1 + EXCESS) * smoothness, Status.SMOOTHNESS, failure).astype(jnp.int32)
+            contradicted = secant_curvature > (1 + EXCESS) * smoothness
+            failure = jnp.where(contradicted, Status.SMOOTHNESS, failure).astype(jnp.int32)
         failure = jnp.where(forward.failed, Status.NONFINITE, failure).astype(jnp.int32)
 
-        newton = state.trial > 0
-        room = 10 * trees.eps(y) * jnp.abs(state.merit)
-        lower = (merit <= state.merit - DECREASE * quadratic) & (residual < jnp.inf)
-        gentle = (residual <= GAIN * state.residual) & (merit <= state.merit + room)
-        kept = newton & (lower | gentle)
-        refused = newton & ~kept
-        shorter = refused & (state.trial > 0.5**HALVINGS)
+        newton = state.newton_length > 0
+        rounding = 10 * trees.eps(y) * jnp.abs(state.merit)
+        sufficient = (merit <= state.merit - DECREASE * quadratic) & (residual < jnp.inf)
+        residual_falls = (residual <= RESIDUAL_DECREASE * state.residual) & (merit <= state.merit + rounding)
+        accepted = newton & (sufficient | residual_falls)
+        rejected = newton & ~accepted
+        backtrack = rejected & (state.newton_length > 0.5**HALVINGS)
         # per product at least the pace that FISTA had per step
-        strides = state.strides + ~newton
-        pace = jnp.log(state.first / state.residual) / jnp.maximum(strides, 1.0)
-        quick = kept & (jnp.log(state.residual / residual) >= pace * state.wait)
-        ended = newton & ~shorter & ~quick
-        following, t = self._extrapolate(view, state, y, x, smoothness)
-        since = jnp.where(ended, 0, state.since + 1)
-        wanted = (~newton & (since >= state.wait)) | quick
-        direction, found, products = self._newton(
-            view, y, x, slope, hessian, smoothness, target, wanted & (residual > target), quick
-        )  # fmt: skip
+        fista_steps = state.fista_steps + ~newton
+        pace = jnp.log(state.start_residual / state.residual) / jnp.maximum(fista_steps, 1.0)
+        fast = accepted & (jnp.log(state.residual / residual) >= pace * state.wait)
+        newton_ended = newton & ~backtrack & ~fast
+        extrapolated, t = self._extrapolate(view, state, y, x, smoothness)
+        since_newton = jnp.where(newton_ended, 0, state.since_newton + 1)
+        wanted = (~newton & (since_newton >= state.wait)) | fast
+        wanted = wanted & (residual > target)
+        direction, found, products = self._newton(view, model, forward, target, wanted, fast)
         work = state.evaluations.plus(gradients=1, values=forward.values, products=products)
         # at the end of a Newton step momentum starts anew
-        following, t = trees.where(kept, x, following), jnp.where(kept, 1.0, t)
-        moved = ForwardBackwardState(
-            x, subgradient, residual, jnp.maximum(state.curvature, steepest), work, failure, smoothness,
-            trees.where(found, view.penalty.stay(trees.add(x, direction), x), following), y, slope, t, merit,
-            jnp.where(found, 1.0, 0.0).astype(residual.dtype), direction, following, since,
-            jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32), state.first, strides,
-        )  # fmt: skip
-        length = jnp.where(shorter, 0.5 * state.trial, 0.0)
-        nearer = view.penalty.stay(trees.add_scaled(state.x, length, state.direction), state.x)
-        back = state._replace(
-            point=trees.where(shorter, nearer, state.fallback), trial=length, since=since, evaluations=work,
-            smoothness=smoothness, failure=failure,
-        )  # fmt: skip
-        return trees.where(refused, back, moved)
+        extrapolated, t = trees.where(accepted, x, extrapolated), jnp.where(accepted, 1.0, t)
+        next_state = ForwardBackwardState(
+            x=x,
+            gradient=subgradient,
+            residual=residual,
+            curvature=jnp.maximum(state.curvature, secant_curvature),
+            evaluations=work,
+            failure=failure,
+            smoothness=smoothness,
+            point=trees.where(found, view.penalty.project_orthant(trees.add(x, direction), x), extrapolated),
+            previous=y,
+            previous_gradient=gradient,
+            t=t,
+            merit=merit,
+            newton_length=jnp.where(found, 1.0, 0.0).astype(residual.dtype),
+            direction=direction,
+            fallback=extrapolated,
+            since_newton=since_newton,
+            wait=jnp.where(found, jnp.maximum(self.wait, products), state.wait).astype(jnp.int32),
+            start_residual=state.start_residual,
+            fista_steps=fista_steps,
+        )
+        length = jnp.where(backtrack, 0.5 * state.newton_length, 0.0)
+        shortened = view.penalty.project_orthant(trees.add_scaled(state.x, length, state.direction), state.x)
+        rejected_state = state._replace(
+            point=trees.where(backtrack, shortened, state.fallback),
+            newton_length=length,
+            since_newton=since_newton,
+            evaluations=work,
+            smoothness=smoothness,
+            failure=failure,
+        )
+        return trees.where(rejected, rejected_state, next_state)
 
-    def _forward(self, view: WeightedL1View, y, slope, smoothness, value, hessian) -> _Forward:
-        """x+ from y, with a longer L where the decrease that L promises fails to come."""
+    def _forward(self, view: WeightedL1View, model: QuadraticModel, smoothness) -> _Forward:
+        """x+ from the model at y, with a longer L where the decrease that L promises fails to come."""
+        y, value, gradient = model.x, model.value, model.gradient
 
-        def at(smoothness):
-            return view.penalty.prox(trees.add_scaled(y, -1 / smoothness, slope), 1 / smoothness)
+        def prox_step(smoothness):
+            return view.penalty.prox(trees.add_scaled(y, -1 / smoothness, gradient), 1 / smoothness)
 
         none = jnp.zeros((), jnp.int32)
         if view.constants.smoothness is not None:
-            return _Forward(at(smoothness), smoothness, none, jnp.asarray(False))
+            return _Forward(prox_step(smoothness), smoothness, none, jnp.asarray(False))
 
-        def enough(x, smoothness):
-            move = trees.sub(x, y)
-            curved = 0.5 * smoothness * trees.squared_norm(move)
-            decrease = view.smooth.value(x) - value - trees.dot(slope, move)
+        def sufficient(x, smoothness):
+            direction = trees.sub(x, y)
+            quadratic = 0.5 * smoothness * trees.squared_norm(direction)
+            decrease = view.smooth.value(x) - value - trees.dot(gradient, direction)
             # where the difference of two values is rounding the Hessian decides
-            fine = curved > ROUNDING * trees.eps(y) * jnp.abs(value)
-            decrease = jnp.where(fine, decrease, 0.5 * trees.dot(move, hessian(move)))
-            return decrease <= (1 + 64 * trees.eps(y)) * curved
+            above_rounding = quadratic > ROUNDING * trees.eps(y) * jnp.abs(value)
+            decrease = jnp.where(above_rounding, decrease, 0.5 * trees.dot(direction, model.product(direction)))
+            return decrease <= (1 + 64 * trees.eps(y)) * quadratic
 
-        def longer(carry):
+        def double(carry):
             smoothness, x, values, _ = carry
             smoothness = jnp.where(values > 0, 2 * smoothness, smoothness)
-            x = at(smoothness)
-            return smoothness, x, values + 1, enough(x, smoothness)
+            x = prox_step(smoothness)
+            return smoothness, x, values + 1, sufficient(x, smoothness)
 
         start = (smoothness, y, none, jnp.asarray(False))
-        smoothness, x, values, found = jax.lax.while_loop(lambda c: ~c[3] & (c[2] < DOUBLINGS), longer, start)
+        smoothness, x, values, found = jax.lax.while_loop(lambda c: ~c[3] & (c[2] < DOUBLINGS), double, start)
         return _Forward(x, smoothness, values, ~found)
 
     def _extrapolate(self, view: WeightedL1View, state: ForwardBackwardState, y, x, smoothness):
         change = trees.sub(x, state.x)
         restart = trees.dot(trees.sub(y, x), change) > 0
         t = jnp.where(restart, 1.0, state.t)
-        following = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
-        beta = jnp.where(restart, 0.0, (t - 1) / following)
+        t_next = 0.5 * (1 + jnp.sqrt(1 + 4 * t**2))
+        beta = jnp.where(restart, 0.0, (t - 1) / t_next)
         mu = view.constants.strong_convexity
         if mu is not None:
             root = jnp.sqrt(jnp.clip(mu / smoothness, 0.0, 1.0))
             beta = jnp.minimum(beta, (1 - root) / (1 + root))
-        return trees.add_scaled(x, beta, change), following
+        return trees.add_scaled(x, beta, change), t_next
 
-    def _newton(self, view: WeightedL1View, y, x, slope, hessian, smoothness, target, wanted, close):
-        """(from x to the end of the Newton step from y, whether there is one, products)."""
+    def _newton(self, view: WeightedL1View, model: QuadraticModel, forward: _Forward, target, wanted, fast):
+        """(from x+ to the end of the Newton step from y, whether there is one, products)."""
+        x, y, smoothness = forward.x, model.x, forward.smoothness
         if not self.newton:
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)
 
         def solve(_):
-            sets = view.index_sets(y, slope, 1 / smoothness, 0.0)
-            piece = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
-            gap = trees.sub(x, y)
+            sets = view.index_sets(y, model.gradient, 1 / smoothness, 0.0)
+            support = SupportView(view, sets.active, jax.tree.map(jnp.zeros_like, sets.active), sets.direction)
+            displacement = trees.sub(x, y)
             # unknowns that the prox sets to zero go there, whatever the others do
-            dropped = trees.sub(gap, piece.project(gap))
-            penalty = piece.penalty_hessian(x)
-            rhs = trees.scale(smoothness, gap)
-            rhs = rhs if penalty is None else trees.add(rhs, penalty(gap))
-            rhs = piece.project(trees.sub(rhs, hessian(dropped)))
+            to_zero = trees.sub(displacement, support.project(displacement))
+            penalty = support.penalty_hessian(x)
+            rhs = trees.scale(smoothness, displacement)
+            rhs = rhs if penalty is None else trees.add(rhs, penalty(displacement))
+            rhs = support.project(trees.sub(rhs, model.product(to_zero)))
             size = trees.norm(rhs)
-            share = jnp.maximum(jnp.where(close, CLOSE, FORCING) * size, 0.1 * target)
-            share = jnp.where(wanted, share, jnp.inf)
-            system = piece.product(x, hessian)
-            found = conjugate_gradients(
-                system, rhs, trees.zeros_like(rhs), share, self.max_products, zero_start=True
-            )  # fmt: skip
-            move = trees.sub(trees.add(dropped, piece.project(found.x)), gap)
-            good = wanted & trees.all_finite(move) & (found.steps > 0)
-            return move, good, found.steps + 1
+            tol = jnp.maximum(jnp.where(fast, FAST_FORCING, FORCING) * size, 0.1 * target)
+            tol = jnp.where(wanted, tol, jnp.inf)
+            system = support.product(x, model.product)
+            start = trees.zeros_like(rhs)
+            found = conjugate_gradients(system, rhs, start, tol, self.max_products, zero_start=True)
+            direction = trees.sub(trees.add(to_zero, support.project(found.x)), displacement)
+            good = wanted & trees.all_finite(direction) & (found.steps > 0)
+            return direction, good, found.steps + 1
 
         def skip(_):
             return trees.zeros_like(y), jnp.asarray(False), jnp.zeros((), jnp.int32)

@@ -10,7 +10,7 @@ import optax
 
 from jbilevel._core import trees
 from jbilevel._core.results import Work
-from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.agd import first_iterate
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
@@ -49,7 +49,7 @@ class LBFGS(Solver):
         return optax.lbfgs(memory_size=self.memory, linesearch=search)
 
     def init(self, view, x0, target) -> LBFGSState:
-        return LBFGSState(*first_look(view, x0), self._method().init(x0))
+        return LBFGSState(**first_iterate(view, x0)._asdict(), memory=self._method().init(x0))
 
     def step(self, view, state: LBFGSState, target) -> LBFGSState:
         def energy(x):
@@ -66,11 +66,19 @@ class LBFGS(Solver):
             (optax.apply_updates(state.x, change), search.value, search.grad), (state.x, state.value, state.gradient)
         )
         residual = trees.norm(gradient)
-        room = 1e-6 * jnp.abs(state.value)  # of the approximate Wolfe conditions
-        accept = (value <= state.value + room) & jnp.isfinite(residual)
+        slack = 1e-6 * jnp.abs(state.value)  # of the approximate Wolfe conditions
+        accept = (value <= state.value + slack) & jnp.isfinite(residual)
         work = state.evaluations.plus(gradients=search.info.num_linesearch_steps)
         curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, x, gradient))
-        accepted = LBFGSState(x, gradient, residual, curvature, work, value, memory)
+        accepted = LBFGSState(
+            x=x,
+            gradient=gradient,
+            residual=residual,
+            curvature=curvature,
+            evaluations=work,
+            value=value,
+            memory=memory,
+        )
         refused = state._replace(evaluations=work, memory=method.init(state.x))
         return trees.where(accept, accepted, refused)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
+from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 from jbilevel.solvers.base import Solver
 
@@ -132,10 +133,16 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     zero = jnp.zeros((), jnp.int32)
     worst = jnp.full_like(state.residual, jnp.inf)
     taken = zero + 1 if solver.one_shot else zero
-    first = judge(_Progress(state, taken, worst, worst, zero, zero))
+    first = judge(_Progress(state=state, steps=taken, best=worst, lowest=worst, since=zero, status=zero))
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
-    info = SolveInfo(last.status, last.steps, state.residual, view.error_bound(state.residual), state.evaluations)
+    info = SolveInfo(
+        status=last.status,
+        steps=last.steps,
+        residual=state.residual,
+        error=view.error_bound(state.residual),
+        evaluations=state.evaluations,
+    )
     return Solution(state.x, state.gradient, info, state)
 
 
@@ -160,6 +167,7 @@ def default_tolerance(problem, solver, params, data):
 @partial(jax.jit, static_argnums=(0, 1))
 @full_float32
 def solve_jitted(problem, solver, params, data, x0, tol, max_steps) -> Solution:
+    note_compilation(problem, solver)
     problem.validate(params, data, x0)
     start = problem.start(params, data)
     x0 = trees.cast_like(x0, start)

@@ -46,7 +46,7 @@ class _Lanczos(NamedTuple):
     steps: Any
     best: Any  # phi when it last fell by 2 per cent,
     scale: Any  # ||x|| then,
-    since: Any  # steps since then
+    stalled: Any  # steps since then
     running: Any
 
 
@@ -57,10 +57,10 @@ def _safe(denominator):
 def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
     """One step of the recurrence; x stays where it is when the residual is orthogonal to the range of H already."""
     eps = trees.eps(s.x)
-    mapped = trees.cast_like(product(s.v), s.v)
-    alpha = trees.dot(s.v, mapped)
-    rest = trees.add_scaled(trees.add_scaled(mapped, -alpha, s.v), -s.beta, s.v_last)
-    beta = trees.norm(rest)
+    hv = trees.cast_like(product(s.v), s.v)
+    alpha = trees.dot(s.v, hv)
+    v_next = trees.add_scaled(trees.add_scaled(hv, -alpha, s.v), -s.beta, s.v_last)
+    beta = trees.norm(v_next)
     norm = jnp.maximum(s.norm, jnp.sqrt(s.beta**2 + alpha**2 + beta**2))
     delta = s.c * s.delta_bar + s.s * alpha
     gamma_bar = s.s * s.delta_bar - s.c * alpha
@@ -73,24 +73,56 @@ def _advance(product, s: _Lanczos, tol, max_steps) -> _Lanczos:
     d = trees.scale(1 / _safe(gamma), trees.add_scaled(trees.add_scaled(s.v, -delta, s.d), -s.epsilon, s.d_last))
     x = trees.add_scaled(s.x, jnp.where(optimal, 0.0, c * s.phi), d)
     phi = jnp.where(optimal, s.phi, sine * s.phi)
-    fell, size = phi < 0.98 * s.best, trees.norm(x)
-    since = jnp.where(fell, 0, s.since + 1)
-    scale = jnp.where(fell, size, s.scale)
-    stuck = optimal | ((since >= PATIENCE) & (scale > 0) & (size > GROWTH * scale))
-    running = ~stuck & (phi > tol) & (phi > eps * norm * scale) & (s.steps + 1 < max_steps) & jnp.isfinite(phi)
+    decreased, size = phi < 0.98 * s.best, trees.norm(x)
+    stalled = jnp.where(decreased, 0, s.stalled + 1)
+    scale = jnp.where(decreased, size, s.scale)
+    stagnated = optimal | ((stalled >= PATIENCE) & (scale > 0) & (size > GROWTH * scale))
+    running = ~stagnated & (phi > tol) & (phi > eps * norm * scale) & (s.steps + 1 < max_steps) & jnp.isfinite(phi)
     return _Lanczos(
-        x, trees.scale(1 / _safe(beta), rest), s.v, d, s.d, beta, -s.c * beta, s.s * beta, c, sine, phi,
-        norm, lowest, s.steps + 1, jnp.where(fell, phi, s.best), scale, since, running,
-    )  # fmt: skip
+        x=x,
+        v=trees.scale(1 / _safe(beta), v_next),
+        v_last=s.v,
+        d=d,
+        d_last=s.d,
+        beta=beta,
+        delta_bar=-s.c * beta,
+        epsilon=s.s * beta,
+        c=c,
+        s=sine,
+        phi=phi,
+        norm=norm,
+        lowest=lowest,
+        steps=s.steps + 1,
+        best=jnp.where(decreased, phi, s.best),
+        scale=scale,
+        stalled=stalled,
+        running=running,
+    )
 
 
-def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
+def _cycle(product, b, m: MinresState, tol, max_steps) -> MinresState:
     """Run the recurrence from m.x until it claims tol, then evaluate the residual and judge."""
     zero, none = jnp.zeros_like(m.size), trees.zeros_like(m.x)
     start = _Lanczos(
-        m.x, trees.scale(1 / _safe(m.size), m.residual), none, none, none, zero, zero, zero, zero - 1, zero, m.size,
-        m.norm, m.lowest, m.steps, m.size, trees.norm(m.x), jnp.zeros((), jnp.int32), m.status == RUNNING,
-    )  # fmt: skip
+        x=m.x,
+        v=trees.scale(1 / _safe(m.size), m.residual),
+        v_last=none,
+        d=none,
+        d_last=none,
+        beta=zero,
+        delta_bar=zero,
+        epsilon=zero,
+        c=zero - 1,
+        s=zero,
+        phi=m.size,
+        norm=m.norm,
+        lowest=m.lowest,
+        steps=m.steps,
+        best=m.size,
+        scale=trees.norm(m.x),
+        stalled=jnp.zeros((), jnp.int32),
+        running=m.status == RUNNING,
+    )
     # aiming a little lower saves a second run for a residual that rounding put just above tol
     last = jax.lax.while_loop(lambda s: s.running, lambda s: _advance(product, s, 0.99 * tol, max_steps), start)
     residual = trees.cast_like(trees.sub(b, product(last.x)), b)
@@ -100,14 +132,21 @@ def _improve(product, b, m: MinresState, tol, max_steps) -> MinresState:
     status = jnp.where(last.steps >= max_steps, Status.MAX_STEPS, status)
     floor = jnp.minimum(FLOOR_FACTOR * trees.eps(b) * last.norm * last.scale, 0.1 * trees.norm(b))
     status = jnp.where(~halved & (jnp.minimum(size, m.size) <= floor), Status.PRECISION, status)
-    status = _final(size, tol, status)
+    status = _final_status(size, tol, status)
     x, residual = trees.where(worse, (m.x, m.residual), (last.x, residual))
-    products = m.products + last.steps - m.steps + 1
-    size = jnp.where(worse, m.size, size)
-    return MinresState(x, residual, size, last.norm, last.lowest, last.steps, products, status)
+    return MinresState(
+        x=x,
+        residual=residual,
+        size=jnp.where(worse, m.size, size),
+        norm=last.norm,
+        lowest=last.lowest,
+        steps=last.steps,
+        products=m.products + last.steps - m.steps + 1,
+        status=status,
+    )
 
 
-def _final(size, tol, status):
+def _final_status(size, tol, status):
     status = jnp.where(size <= tol, Status.CONVERGED, status)
     return jnp.where(jnp.isfinite(size), status, Status.NONFINITE).astype(jnp.int32)
 
@@ -124,11 +163,18 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> Minr
     residual = b if zero_start else trees.cast_like(trees.sub(b, product(x0)), b)
     size = trees.norm(residual)
     zero = jnp.zeros((), jnp.int32)
-    status = _final(size, tol, jnp.where(zero >= max_steps, Status.MAX_STEPS, RUNNING))
+    status = _final_status(size, tol, jnp.where(zero >= max_steps, Status.MAX_STEPS, RUNNING))
     start = MinresState(
-        x0, residual, size, jnp.zeros_like(size), jnp.full_like(size, jnp.inf), zero, zero + (not zero_start), status
+        x=x0,
+        residual=residual,
+        size=size,
+        norm=jnp.zeros_like(size),
+        lowest=jnp.full_like(size, jnp.inf),
+        steps=zero,
+        products=zero + (not zero_start),
+        status=status,
     )
-    return jax.lax.while_loop(lambda m: m.status == RUNNING, lambda m: _improve(product, b, m, tol, max_steps), start)
+    return jax.lax.while_loop(lambda m: m.status == RUNNING, lambda m: _cycle(product, b, m, tol, max_steps), start)
 
 
 def minres(product, b, x0=None, *, tol, max_steps=1000) -> tuple[Any, SolveInfo]:
@@ -155,5 +201,11 @@ def minres(product, b, x0=None, *, tol, max_steps=1000) -> tuple[Any, SolveInfo]
     """
     start = trees.zeros_like(b) if x0 is None else trees.cast_like(x0, b)
     last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None)
-    work = Work.zero().plus(products=last.products)
-    return last.x, SolveInfo(last.status, last.steps, last.size, jnp.full_like(last.size, jnp.inf), work)
+    info = SolveInfo(
+        status=last.status,
+        steps=last.steps,
+        residual=last.size,
+        error=jnp.full_like(last.size, jnp.inf),
+        evaluations=Work.zero().plus(products=last.products),
+    )
+    return last.x, info

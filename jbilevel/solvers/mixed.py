@@ -16,64 +16,64 @@ from jbilevel._core import trees
 from jbilevel._core.results import Status
 from jbilevel.solvers.cg import CGState, iterate, resume
 
-# A float32 solve is asked for no smaller relative residual; refinement goes on while it gains at least the factor GAIN.
-FINEST = 1e-5
-GAIN = 0.1
+# A float32 solve is asked for no smaller relative residual; refinement goes on while each one achieves REDUCTION.
+SINGLE_TOL = 1e-5
+REDUCTION = 0.1
 
 
-class Direction(NamedTuple):
+class InexactSolution(NamedTuple):
     x: Any
     status: Any
     steps: Any
     curvature: Any  # largest met
 
 
-class Curvature(NamedTuple):
+class Hessian(NamedTuple):
     """A Hessian as conjugate gradients should apply it: in float32 where the problem allows it, else as given."""
 
     product: Callable
     full: Callable  # the product in the dtype of x
-    rough: bool
+    in_single: bool
 
-    def start(self, b, steps, share) -> CGState:
-        """CG from zero on H x = b/||b|| until the residual is at most ``share``; `lift` undoes the scaling."""
+    def start(self, b, steps, rtol) -> CGState:
+        """CG from zero on H x = b/||b|| until the residual is at most ``rtol``; `solution` undoes the scaling."""
         size = trees.norm(b)
         b = trees.scale(1.0 / jnp.where(size > 0, size, 1.0), b)
-        b = trees.to_single(b) if self.rough else b
-        return iterate(self.product, b, trees.zeros_like(b), self._share(share, b), steps, zero_start=True)
+        b = trees.to_single(b) if self.in_single else b
+        return iterate(self.product, b, trees.zeros_like(b), self._attainable(rtol, b), steps, zero_start=True)
 
-    def resume(self, state: CGState, steps, share) -> CGState:
-        return resume(self.product, state, self._share(share, state.x), steps)
+    def resume(self, state: CGState, steps, rtol) -> CGState:
+        return resume(self.product, state, self._attainable(rtol, state.x), steps)
 
-    def lift(self, state: CGState, b):
+    def solution(self, state: CGState, b):
         """The solution of H x = b from a state of CG started with b; NaN where products were."""
         factor = jnp.where(state.status == Status.NONFINITE, jnp.nan, trees.norm(b))
         return trees.scale(factor, trees.cast_like(state.x, b))
 
-    def solve(self, b, steps, share) -> Direction:
-        """`start` and `lift`, in the dtype of b after all where float32 overflowed."""
-        state = self.start(b, steps, share)
+    def solve(self, b, steps, rtol) -> InexactSolution:
+        """`start` and `solution`, in the dtype of b after all where float32 overflowed."""
+        state = self.start(b, steps, rtol)
         x = trees.scale(trees.norm(b), trees.cast_like(state.x, b))  # the last finite iterate
-        curvature = state.curvature.astype(trees.dtype(b))
-        if not self.rough:
-            return Direction(x, state.status, state.steps, curvature)
+        first = InexactSolution(x, state.status, state.steps, state.curvature.astype(trees.dtype(b)))
+        if not self.in_single:
+            return first
         failed = state.status == Status.NONFINITE
-        goal, steps = share * trees.norm(b), jnp.where(failed, steps, 0)
-        again = iterate(self.full, b, trees.zeros_like(b), goal, steps, zero_start=True)
-        first = Direction(x, state.status, state.steps, curvature)
-        return trees.where(failed, Direction(again.x, again.status, again.steps + state.steps, again.curvature), first)
+        tol, steps = rtol * trees.norm(b), jnp.where(failed, steps, 0)
+        retried = iterate(self.full, b, trees.zeros_like(b), tol, steps, zero_start=True)
+        second = InexactSolution(retried.x, retried.status, retried.steps + state.steps, retried.curvature)
+        return trees.where(failed, second, first)
 
-    def _share(self, share, b):
-        share = jnp.asarray(share, trees.dtype(b))
-        return jnp.maximum(share, FINEST) if self.rough else share
+    def _attainable(self, rtol, b):
+        rtol = jnp.asarray(rtol, trees.dtype(b))
+        return jnp.maximum(rtol, SINGLE_TOL) if self.in_single else rtol
 
 
-def curvature(view, x, product) -> Curvature:
+def hessian_at(view, x, product) -> Hessian:
     """The Hessian at x. ``product``: its product in the dtype of x, returned where float32 does not apply."""
     single = view.single(x)
     if single is None:
-        return Curvature(product, product, False)
-    return Curvature(single.linearize(trees.to_single(x))[2], product, True)
+        return Hessian(product, product, False)
+    return Hessian(single.linearize(trees.to_single(x))[2], product, True)
 
 
 class Refined(NamedTuple):
@@ -84,30 +84,36 @@ class Refined(NamedTuple):
 
 def refine(view, x, product, b, q, tol, max_products) -> Refined:
     """Iterative refinement of H(x) q = b in float32 from q, until tol or until float32 does not help any more."""
-    rough = curvature(view, x, product)
+    hessian = hessian_at(view, x, product)
     r = trees.sub(b, product(q))
     one = jnp.ones((), jnp.int32)
 
     class State(NamedTuple):
         q: Any
         r: Any
-        size: Any
+        residual_norm: Any
         products: Any
-        good: Any
+        improving: Any
 
     def unfinished(s: State):
-        return (s.size > tol) & s.good & (s.products < max_products)
+        return (s.residual_norm > tol) & s.improving & (s.products < max_products)
 
     def step(s: State) -> State:
-        inner = rough.start(s.r, max_products - s.products, 0.5 * tol / s.size)
-        q = trees.add(s.q, rough.lift(inner, s.r))
+        inner = hessian.start(s.r, max_products - s.products, 0.5 * tol / s.residual_norm)
+        q = trees.add(s.q, hessian.solution(inner, s.r))
         r = trees.sub(b, product(q))
-        size = trees.norm(r)
-        better = size < s.size
-        good = (size <= GAIN * s.size) & (inner.status != Status.INDEFINITE)
+        residual_norm = trees.norm(r)
+        better = residual_norm < s.residual_norm
+        improving = (residual_norm <= REDUCTION * s.residual_norm) & (inner.status != Status.INDEFINITE)
         products = s.products + inner.steps + 1
-        return State(trees.where(better, q, s.q), trees.where(better, r, s.r), jnp.where(better, size, s.size),
-                     products, good)  # fmt: skip
+        return State(
+            q=trees.where(better, q, s.q),
+            r=trees.where(better, r, s.r),
+            residual_norm=jnp.where(better, residual_norm, s.residual_norm),
+            products=products,
+            improving=improving,
+        )
 
-    last = jax.lax.while_loop(unfinished, step, State(q, r, trees.norm(r), one, jnp.asarray(True)))
+    start = State(q=q, r=r, residual_norm=trees.norm(r), products=one, improving=jnp.asarray(True))
+    last = jax.lax.while_loop(unfinished, step, start)
     return Refined(last.q, last.r, last.products)

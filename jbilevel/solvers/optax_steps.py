@@ -10,7 +10,7 @@ import optax
 
 from jbilevel._core import trees
 from jbilevel._core.results import Work
-from jbilevel.solvers.agd import first_look
+from jbilevel.solvers.agd import first_iterate
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 
@@ -38,16 +38,21 @@ class Optax(Solver):
     patience = 1000
 
     def init(self, view, x0, target) -> OptaxState:
-        return OptaxState(*first_look(view, x0), self.optimizer.init(x0))
+        return OptaxState(**first_iterate(view, x0)._asdict(), memory=self.optimizer.init(x0))
 
     def step(self, view, state: OptaxState, target) -> OptaxState:
         change, memory = self.optimizer.update(state.gradient, state.memory, state.x)
         x = trees.cast_like(optax.apply_updates(state.x, change), state.x)
         value, gradient = view.value_and_gradient(x)
-        curvature = jnp.maximum(state.curvature, secant(state.x, state.gradient, x, gradient))
-        work = state.evaluations.plus(gradients=1)
-        memory = trees.cast_like(memory, state.memory)
-        return OptaxState(x, gradient, trees.norm(gradient), curvature, work, value, memory)
+        return OptaxState(
+            x=x,
+            gradient=gradient,
+            residual=trees.norm(gradient),
+            curvature=jnp.maximum(state.curvature, secant(state.x, state.gradient, x, gradient)),
+            evaluations=state.evaluations.plus(gradients=1),
+            value=value,
+            memory=trees.cast_like(memory, state.memory),
+        )
 
     def value(self, state):
         return state.value

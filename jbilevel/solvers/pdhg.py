@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import RUNNING, Status, Work
-from jbilevel._views.saddle import SaddleView, lengths
+from jbilevel._views.saddle import SaddleView, scaled_norms
 from jbilevel.prox import divided, times
 from jbilevel.solvers.base import Solver
 
@@ -86,25 +86,25 @@ class PDHG(Solver):
         dtype = trees.dtype(x0)
         norm = jnp.asarray(view.norm, dtype)
         tau, sigma = self.steps(view, norm)
-        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
-        return self._look(view, swap, point, norm, Work.zero().plus(gradients=1))
+        point = Point(x=x, y=y, kx=view.linear(x), kty=view.transpose(y), tau=tau, sigma=sigma)
+        return self._measured_iteration(view, swap, point, norm, Work.zero().plus(gradients=1))
 
     def step(self, view: SaddleView, state: PDHGState, target) -> PDHGState:
         view, swap = self._order(view)
         point = state.point
         if self.stride > 1:
-            move = lambda _, point: self._move(view, point)[0]  # noqa: E731
-            point = jax.lax.fori_loop(0, self.stride - 1, move, point)
+            iteration = lambda _, point: self._iteration(view, point)[0]  # noqa: E731
+            point = jax.lax.fori_loop(0, self.stride - 1, iteration, point)
         work = state.evaluations.plus(gradients=self.stride - 1)
-        return self._look(view, swap, point, state.norm, work)
+        return self._measured_iteration(view, swap, point, state.norm, work)
 
     def iterate(self, view: SaddleView, x0, steps: int):
         """(x, y) after a fixed number of iterations, differentiable in reverse through all of them."""
         view, swap = self._order(view)
         x, y = swap(x0)
         tau, sigma = self.steps(view, jnp.asarray(view.norm, trees.dtype(x0)))
-        point = Point(x, y, view.linear(x), view.transpose(y), tau, sigma)
-        point = jax.lax.scan(lambda p, _: (self._move(view, p)[0], None), point, length=steps)[0]
+        point = Point(x=x, y=y, kx=view.linear(x), kty=view.transpose(y), tau=tau, sigma=sigma)
+        point = jax.lax.scan(lambda p, _: (self._iteration(view, p)[0], None), point, length=steps)[0]
         return swap((point.x, point.y))
 
     def steps(self, view: SaddleView, norm):
@@ -157,28 +157,28 @@ class PDHG(Solver):
             raise ValueError("`relaxation` of PDHG must be 1 where a modulus of strong convexity is used.")
         return 1.0
 
-    def _move(self, view: SaddleView, point: Point):
+    def _iteration(self, view: SaddleView, point: Point):
         """One iteration: (where the next one starts, the point right after the proxes, element of T there)."""
         theta, shrink = self._extrapolation(view, point.tau)
         sigma = point.sigma / shrink
         t, s = view.step_trees(point.tau, sigma)
         x = view.prox_primal(trees.sub(point.x, times(t, point.kty)), t)
         kx = view.linear(x)
-        ahead = trees.add_scaled(kx, theta, trees.sub(kx, point.kx))
-        y = view.prox_dual(trees.add(point.y, times(s, ahead)), s)
+        extrapolated = trees.add_scaled(kx, theta, trees.sub(kx, point.kx))
+        y = view.prox_dual(trees.add(point.y, times(s, extrapolated)), s)
         kty = view.transpose(y)
-        after = Point(x, y, kx, kty, shrink * point.tau, sigma)
+        after = Point(x=x, y=y, kx=kx, kty=kty, tau=shrink * point.tau, sigma=sigma)
         first = trees.add(divided(trees.sub(point.x, x), t), trees.sub(kty, point.kty))
         second = trees.add_scaled(divided(trees.sub(point.y, y), s), theta, trees.sub(kx, point.kx))
         rho = self._relaxation(view)
         if rho == 1.0:
             return after, after, (first, second)
-        relaxed = (trees.add_scaled(a, rho, trees.sub(b, a)) for a, b in zip(point[:4], after[:4], strict=True))
-        return Point(*relaxed, after.tau, after.sigma), after, (first, second)
+        x, y, kx, kty = trees.add_scaled(point[:4], rho, trees.sub(after[:4], point[:4]))
+        return after._replace(x=x, y=y, kx=kx, kty=kty), after, (first, second)
 
-    def _look(self, view: SaddleView, swap, point: Point, norm, work: Work) -> PDHGState:
-        """One iteration whose residual is looked at."""
-        following, after, element = self._move(view, point)
+    def _measured_iteration(self, view: SaddleView, swap, point: Point, norm, work: Work) -> PDHGState:
+        """One iteration, and the residual after it."""
+        following, after, element = self._iteration(view, point)
         residual = view.measure(*(trees.norm(part) for part in element))
         # of a sum of terms of these sizes
         rounding = view.measure(
@@ -187,20 +187,27 @@ class PDHG(Solver):
         )
         size = jnp.sqrt(trees.squared_norm(after.x) + trees.squared_norm(after.y))
         curvature = jnp.where(size > 0, rounding / jnp.where(size > 0, size, 1.0), 0.0)
-        moved, image = lengths(view, trees.sub(after.x, point.x), trees.sub(after.kx, point.kx))
-        noise = 64 * trees.eps(after.x) * sum(lengths(view, trees.scale(norm, after.x), after.kx))
-        beyond = image > (1 + EXCESS) * norm * moved + noise
+        displacement, image = scaled_norms(view, trees.sub(after.x, point.x), trees.sub(after.kx, point.kx))
+        noise = 64 * trees.eps(after.x) * sum(scaled_norms(view, trees.scale(norm, after.x), after.kx))
+        norm_exceeded = image > (1 + EXCESS) * norm * displacement + noise
         failure = jnp.full((), RUNNING, jnp.int32)
         if view.proven_norm:
-            failure = jnp.where(beyond, Status.NORM_BOUND, failure).astype(jnp.int32)
+            failure = jnp.where(norm_exceeded, Status.NORM_BOUND, failure).astype(jnp.int32)
         elif view.steps is None:
-            raised = jnp.where(beyond, MARGIN * image / jnp.where(moved > 0, moved, 1.0), norm)
+            raised = jnp.where(norm_exceeded, MARGIN * image / jnp.where(displacement > 0, displacement, 1.0), norm)
             factor = norm / jnp.where(raised > 0, raised, 1.0)
             following = following._replace(tau=factor * following.tau, sigma=factor * following.sigma)
             norm = raised
-        pair, element = swap((after.x, after.y)), swap(element)
-        work = work.plus(gradients=1)
-        return PDHGState(pair, element, residual, curvature, work, failure, following, norm)
+        return PDHGState(
+            x=swap((after.x, after.y)),
+            gradient=swap(element),
+            residual=residual,
+            curvature=curvature,
+            evaluations=work.plus(gradients=1),
+            failure=failure,
+            point=following,
+            norm=norm,
+        )
 
     def failure(self, state):
         return state.failure

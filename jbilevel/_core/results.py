@@ -33,6 +33,8 @@ class Status(enum.IntEnum):
     NONFINITE = 5
     NORM_BOUND = 6
     SMOOTHNESS = 7
+    CONVEXITY = 9
+    ADJOINT = 10
 
     @property
     def message(self) -> str:
@@ -65,6 +67,14 @@ _MESSAGES = {
     Status.SMOOTHNESS: (
         "The gradient changed faster than `smoothness` says, so the steps are too long; pass a true bound on the "
         "Hessian's norm, or `smoothness=None`."
+    ),
+    Status.CONVEXITY: (
+        "The energy curves less than `strong_convexity` says, so no error bound holds; pass a modulus that is smaller, "
+        "or `strong_convexity=None`."
+    ),
+    Status.ADJOINT: (
+        "`transpose` is not the transpose of `linear`: <K x, y> and <x, K* y> differ; mend it, leave it out for that "
+        "of JAX, or say `exact_adjoint=False`, and nothing is proven."
     ),
 }
 

@@ -63,6 +63,14 @@ def to_single(a):
     return jax.tree.map(lambda v: jnp.asarray(v, narrow.get(jnp.result_type(v), jnp.result_type(v))), a)
 
 
+def random_like(a, seed: int):
+    """A fixed normal vector shaped like a pytree of real arrays (or of their shapes)."""
+    leaves, treedef = jax.tree.flatten(a)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    normal = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, normal)
+
+
 def dtype(a):
     """Widest inexact dtype among the leaves (the default float when there is none)."""
     kinds = [jnp.result_type(v) for v in jax.tree.leaves(a)]

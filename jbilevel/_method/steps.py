@@ -68,12 +68,12 @@ def reduced(projection, params, grad, step):
     return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
 
 
-def stationary(value, slope, step, error=0.0):
-    """Whether a gradient of squared norm ``slope`` is small: exactly zero, or a step of the length that worked last
+def stationary(value, squared_norm, step, error=0.0):
+    """Whether a gradient of this squared norm is small: exactly zero, or a step of the length that worked last
     would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.
     """
     noise = ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value) + error
-    return (slope == 0) | ((step > 0) & (step * slope <= noise))
+    return (squared_norm == 0) | ((step > 0) & (step * squared_norm <= noise))
 
 
 def barzilai_borwein(params, grad, previous_params, previous_grad, fallback):

@@ -32,6 +32,14 @@ class View(Contract, abstract="jb.View"):
     def error_bound(self, residual) -> Any:
         """Proven bound on ``||x - x_hat||_2`` from the residual that the solver reports, inf where there is none."""
 
+    def concave(self, x) -> Any:
+        """Whether the energy is seen to curve down at x, which is no minimum then; None where nothing is looked at."""
+        return None
+
+    def contradicts(self, start, end) -> Any:
+        """Whether two iterates, with gradients, disprove the modulus of strong convexity; None where there is none."""
+        return None
+
     def single(self, x) -> View | None:
         """The same problem in float32, for solves that start in it; None where there is none for this x."""
         return None

@@ -42,6 +42,7 @@ class SaddleView(View):
     scaling: Any = (1.0, 1.0)
     steps: Any = None  # (tau, sigma) that a solver has to use, where the proxes only hold for these
     constants: SaddleConstants = SaddleConstants()
+    exact_adjoint: bool = True  # False: ``transpose`` is known to be rough, and is not tested
     linear_system: bool = False  # stop on the residual itself, as linear solves do, not on the error bound
 
     __repr__ = brief.record
@@ -112,14 +113,6 @@ class SaddleView(View):
         )
 
 
-def random_like(tree, seed: int):
-    """A fixed normal vector shaped like a pytree."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    normal = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, normal)
-
-
 def power_norm(view: SaddleView, x, steps: int = POWER_STEPS):
     """A lower bound of ||s^(1/2) K t^(1/2)||, within a few per cent, by power iteration from a fixed random vector."""
     t, s = view.scaling
@@ -131,7 +124,7 @@ def power_norm(view: SaddleView, x, steps: int = POWER_STEPS):
     def step(_, v):
         return normalised(prox.times(t, view.transpose(prox.times(s, view.linear(v)))))
 
-    v = jax.lax.fori_loop(0, steps, step, normalised(random_like(x, 0)))
+    v = jax.lax.fori_loop(0, steps, step, normalised(trees.random_like(x, 0)))
     length, image = scaled_norms(view, v, view.linear(v))
     return jnp.where(length > 0, image / jnp.where(length > 0, length, 1.0), 0.0)
 

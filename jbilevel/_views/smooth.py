@@ -30,6 +30,10 @@ class QuadraticModel(NamedTuple):
         return cls(x=x, value=value, gradient=gradient, gradient_norm=trees.norm(gradient), product=product)
 
 
+NOISE = 64.0  # of curvatures, in units of rounding
+EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
+
+
 @dataclass(frozen=True)
 class SmoothView(View):
     """A smooth energy at fixed params and data, as solvers use it.
@@ -84,6 +88,27 @@ class SmoothView(View):
             if "forward-mode" not in str(error):
                 raise
             return trees.dot(jax.grad(self.value)(x), direction)
+
+    def concave(self, x):
+        """By one Hessian product with a fixed random vector, where no modulus of convexity is known."""
+        if self.constants.strong_convexity is not None:
+            return None
+        direction = trees.random_like(x, 0)
+        image = self.linearize(x)[2](direction)
+        noise = NOISE * trees.eps(x) * trees.norm(direction) * trees.norm(image)
+        return trees.dot(direction, image) < -noise
+
+    def contradicts(self, start, end):
+        """<change of gradient, change of x> >= mu ||change of x||^2 for every strongly convex energy."""
+        mu = self.constants.strong_convexity
+        if mu is None:
+            return None
+        move, change = trees.sub(end.x, start.x), trees.sub(end.gradient, start.gradient)
+        squared = trees.squared_norm(move)
+        size = trees.norm(end.x) + trees.norm(start.x)
+        steepness = trees.norm(change) + mu * jnp.sqrt(squared)
+        noise = NOISE * trees.eps(end.x) * (steepness + end.curvature * size) * jnp.sqrt(squared)
+        return trees.dot(change, move) < (1 - EXCESS) * mu * squared - noise
 
     @property
     def tolerance_scale(self):

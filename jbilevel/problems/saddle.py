@@ -16,7 +16,7 @@ from jbilevel._core import trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._core.validate import as_start, require_hashable, start_shapes, traced
 from jbilevel._views.base import Problem
-from jbilevel._views.saddle import POWER_SAFETY, SaddleView, power_norm, random_like, unfused
+from jbilevel._views.saddle import POWER_SAFETY, SaddleView, power_norm, unfused
 from jbilevel.solvers.pdhg import PDHG
 
 Number = float | Callable[[Any, Any], Any]
@@ -37,7 +37,9 @@ class SaddleProblem(Problem):
       norm: a bound on ||K||_2, number or function; None estimates it by a power iteration, and then no hypergradient is
         certified.
       constants: `SaddleConstants`, or a function of (params, data) that returns them, for certified hypergradients.
-      transpose: ``transpose(params, y, data) -> K* y`` where that is faster than JAX's transpose of ``linear``.
+      transpose: ``transpose(params, y, data) -> K* y`` where that is faster than JAX's transpose of ``linear``. A solve
+        that sees <K x, y> and <x, K* y> differ ends as ``Status.ADJOINT``.
+      exact_adjoint: False says that ``transpose`` is rough; it is then not tested, and nothing is proven.
       scaling: ``(params, data) -> (t, s)``, pytrees like x and y of positive numbers or arrays: steps are tau*t and
         sigma*s (block or diagonal preconditioning; Pock & Chambolle 2011), and norm bounds ||s^(1/2) K t^(1/2)||.
 
@@ -64,6 +66,7 @@ class SaddleProblem(Problem):
     norm: Number | None = None
     constants: SaddleConstants | Callable | None = None
     transpose: Callable | None = None
+    exact_adjoint: bool = True
     scaling: Callable | None = None
 
     view_type = SaddleView
@@ -94,7 +97,8 @@ class SaddleProblem(Problem):
     def view(self, params, data) -> SaddleView:
         moduli = [mu(params, data) if callable(mu) else mu for mu in (self.mu_primal, self.mu_dual)]
         # numbers that are 0 are unknown moduli, which solvers have to see without tracing
-        moduli = [None if isinstance(mu, numbers.Real) and mu == 0 else mu for mu in moduli]
+        unknown = [not self.exact_adjoint or (isinstance(mu, numbers.Real) and mu == 0) for mu in moduli]
+        moduli = [None if hidden else mu for hidden, mu in zip(unknown, moduli, strict=True)]
         scaling = (1.0, 1.0) if self.scaling is None else tuple(self.scaling(params, data))
         mu_primal, mu_dual = jax.lax.stop_gradient(moduli)
         view = SaddleView(
@@ -107,6 +111,7 @@ class SaddleProblem(Problem):
             norm=None,
             proven_norm=self.norm is not None,
             scaling=jax.lax.stop_gradient(scaling),
+            exact_adjoint=self.exact_adjoint,
         )
         if self.norm is None:
             norm = POWER_SAFETY * power_norm(view, jax.eval_shape(self.start, params, data)[0])
@@ -168,7 +173,7 @@ class SaddleProblem(Problem):
         self.validate(params, data)
         view = self.view(params, data)
         x, y = self.start(params, data)
-        x, y = random_like(x, 0), random_like(y, 1)
+        x, y = trees.random_like(x, 0), trees.random_like(y, 1)
         image = view.linear(x)
         doubled = view.linear(trees.scale(2.0, x))
         if trees.norm(trees.sub(doubled, trees.scale(2.0, image))) > tol * trees.norm(image):
@@ -200,6 +205,8 @@ class SaddleProblem(Problem):
         return image_of(x)
 
     def lacks(self) -> str | None:
+        if not self.exact_adjoint:
+            return "an exact `transpose` to the problem (without one nothing is proven)"
         for name, modulus in (("mu_primal", self.mu_primal), ("mu_dual", self.mu_dual)):
             if not callable(modulus) and modulus == 0:
                 return f"a positive `{name}` to the problem (without one nothing is proven)"

@@ -321,6 +321,7 @@ def _saddle_problem(form: SaddleForm) -> SaddleProblem:
         norm=1.0,
         transpose=_Part(form.transpose),
         scaling=_Part(form.scaling),
+        exact_adjoint=_told(operator, "exact_adjoint") is not False,
     )
 
 

@@ -137,13 +137,27 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
     info = SolveInfo(
-        status=last.status,
+        status=_contradicted(view, first, last, target),
         steps=last.steps,
         residual=state.residual,
         error=view.error_bound(state.residual),
         evaluations=state.evaluations,
     )
     return Solution(state.x, state.gradient, info, state)
+
+
+def _contradicted(view, first: _Progress, last: _Progress, target):
+    """The status, unless what was seen on the way contradicts what the problem says, or that this is a minimum."""
+    status, ended = last.status, last.status <= Status.MAX_STEPS
+    wrong = view.contradicts(first.state, last.state)
+    if wrong is not None:
+        status = jnp.where(ended & wrong, Status.CONVEXITY, status)
+    # a descent ends at a maximum only where it began there
+    still = (last.steps == first.steps) & (status == Status.CONVERGED) & jnp.isfinite(target)
+    if jax.eval_shape(view.concave, last.state.x) is None:
+        return status.astype(jnp.int32)
+    concave = jax.lax.cond(still, view.concave, lambda _: jnp.asarray(False), last.state.x)
+    return jnp.where(concave, Status.INDEFINITE, status).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -198,6 +198,11 @@ class PDHG(Solver):
             factor = norm / jnp.where(raised > 0, raised, 1.0)
             following = following._replace(tau=factor * following.tau, sigma=factor * following.sigma)
             norm = raised
+        if view.exact_adjoint:
+            # for nothing, because both products are at hand
+            gap = jnp.abs(trees.dot(after.kx, after.y) - trees.dot(after.x, after.kty))
+            sizes = trees.norm(after.kx) * trees.norm(after.y) + trees.norm(after.x) * trees.norm(after.kty)
+            failure = jnp.where(gap > jnp.sqrt(trees.eps(after.x)) * sizes, Status.ADJOINT, failure).astype(jnp.int32)
         return PDHGState(
             x=swap((after.x, after.y)),
             gradient=swap(element),

@@ -17,7 +17,17 @@ __all__ = ["Alternating", "AlternatingState", "Batches"]
 
 
 class Batches(Contract, abstract="Batches"):
-    """How a batch reaches the two methods of `Alternating`: a frozen dataclass with the two functions below."""
+    """How a batch reaches the two methods of `Alternating`: a frozen dataclass with the two functions below.
+
+    >>> @dataclass(frozen=True)
+    ... class Scaling(Batches):  # the network sees reconstructions, the reconstruction the network's parameters
+    ...     def of_task(self, x, batch):
+    ...         return batch | {"x": x}
+    ...     def of_reconstruction(self, task_params, batch):
+    ...         return batch | {"t": jnp.full_like(batch["y"], task_params)}
+    >>> Scaling().of_reconstruction(2.0, {"y": jnp.ones(3)})["t"].tolist()
+    [2.0, 2.0, 2.0]
+    """
 
     @abstractmethod
     def of_task(self, x: Any, batch: Any) -> Any:

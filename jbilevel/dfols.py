@@ -67,6 +67,13 @@ def minimise(
     Raises:
       ImportError: DFO-LS is not installed. TypeError: ``oracle`` is no `jb.Oracle`. ValueError: negative losses, too
         many parameters, an empty budget.
+
+    >>> import jbilevel as jb
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> batch = jnp.array([1.0, 3.0])
+    >>> result = jb.dfols.minimise(oracle, jnp.array(0.0), batch, budget=100, tol=1e-3)  # doctest: +SKIP
+    >>> round(float(result.params), 3)  # doctest: +SKIP
+    2.0
     """
     require_oracle(oracle, "jb.dfols.minimise")
     try:

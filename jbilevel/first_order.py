@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import optax
 
+from jbilevel._core import brief
 from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState, compiled
@@ -21,10 +22,19 @@ class FirstOrderState(MethodState):
 
 
 class Average(NamedTuple):
-    """Exponential moving average of the parameters after each step."""
+    """Exponential moving average of the parameters after each step.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> state = FirstOrder(oracle, optax.sgd(0.5), average=0.9).init(jnp.array(1.0), jnp.array([2.0]))
+    >>> float(state.average.params)
+    1.0
+    """
 
     params: Any
     memory: Any  # optax.EmaState
+
+    __repr__ = brief.record
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core import brief
 from jbilevel._core.validate import native
 
 __all__ = [
@@ -45,6 +46,10 @@ class ImageLoss:
         part: which part of ``x`` is compared: None for all of it; 0 for the primal part of a saddle problem, whose
             unknown is the pair (x, y); (0, 0) for the first part of that, the image of a regulariser with an auxiliary
             variable, whose primal part is (x, z).
+
+    >>> loss = ImageLoss(lambda d, scale: jnp.abs(d / scale), scale=2.0, part=0)  # of a saddle point (x, y)
+    >>> print(loss(None, (jnp.array([1.0, 5.0]), jnp.zeros(4)), {"x": jnp.ones(2)}))
+    2.0
     """
 
     penalty: Callable[[Any, float], Any]
@@ -52,6 +57,8 @@ class ImageLoss:
     target: Hashable = "x"
     mean: bool = False
     part: Hashable = None
+
+    __repr__ = brief.settings
 
     def __call__(self, params, x, data):
         """The loss of one sample; ``params`` is not used.
@@ -152,6 +159,8 @@ class DenoisingScore:
     noisy: Hashable = "y"
     target: Hashable = "x"
 
+    __repr__ = brief.settings
+
     def __call__(self, params, data):
         y = _clean(data, self.noisy)
         return squared_error(None)(
@@ -189,6 +198,8 @@ class Adversarial:
     naive: Hashable = "naive"
     target: Hashable = "x"
     mix: Hashable = "mix"
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         if not (math.isfinite(self.penalty) and self.penalty >= 0):
@@ -260,14 +271,23 @@ def dice(logits, labels, *, ignore: int | None = None, smoothing: float = 1.0, p
 
 
 def iou(logits, labels, *, ignore: int | None = None, smoothing: float = 1.0, present_only: bool = False):
-    """Soft Jaccard loss 1 - mean_c (sum p_c g_c + s)/(sum p_c + sum g_c - sum p_c g_c + s); see :func:`dice`."""
+    """Soft Jaccard loss 1 - mean_c (sum p_c g_c + s)/(sum p_c + sum g_c - sum p_c g_c + s); see :func:`dice`.
+
+    >>> print(round(float(iou(jnp.array([-50.0, 50.0, -50.0]), jnp.array([0, 1, 1]), smoothing=1e-6)), 4))  # 1 - 1/2
+    0.5
+    """
     inside, probable, true, present = _overlaps(logits, labels, ignore, present_only)
     s = _positive("smoothing", smoothing)
     return 1 - _mean_over_classes((inside + s) / (probable + true - inside + s), present)
 
 
 def log_cosh_dice(logits, labels, **settings):
-    """log cosh of the :func:`dice` loss (Jadon 2020, arXiv:2006.14822): the same minimisers, flatter near 0."""
+    """log cosh of the :func:`dice` loss (Jadon 2020, arXiv:2006.14822): the same minimisers, flatter near 0.
+
+    >>> logits, labels = jnp.array([-50.0, 50.0, -50.0]), jnp.array([0, 1, 1])
+    >>> print(round(float(log_cosh_dice(logits, labels, smoothing=1e-6)), 4))  # log cosh (1/3)
+    0.0546
+    """
     loss = dice(logits, labels, **settings)
     return loss + jax.nn.softplus(-2 * loss) - math.log(2)
 
@@ -300,6 +320,8 @@ class Segmentation:
     ignore: int | None = None
     smoothing: float = 1.0
     present_only: bool = False
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         weights = {name: vars(self)[name] for name in ("cross_entropy", "dice", "iou", "log_cosh_dice")}

@@ -52,6 +52,13 @@ def mean_psnr(xs, references, data_range=1.0):
     Raises:
         ValueError: the shapes differ, the batch is empty, or ``data_range`` has a wrong shape or is not positive.
         TypeError: the images are complex.
+
+    >>> references = jnp.zeros((2, 8, 8))
+    >>> xs = references + jnp.array([0.1, 0.01]).reshape(2, 1, 1)  # 20 and 40 dB
+    >>> print(round(float(mean_psnr(xs, references)), 2))
+    30.0
+    >>> print(round(float(mean_psnr(xs, references, jnp.array([1.0, 0.1]))), 2))  # a range for each
+    20.0
     """
     xs, references = _float_batch(xs, references)
     data_range = _checked_range(data_range, xs.dtype)

@@ -270,6 +270,12 @@ def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=N
     Args:
       radius: distance of the points from params, in the 2-norm, at most. key: of `jax.random`.
       tol: of all solves, lower level and adjoint.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda p, d: jnp.abs(p - d))  # a kink at the minimum
+    >>> least = stationarity(oracle, jnp.array(1.0), jnp.array([1.0]), radius=0.1, key=jax.random.key(0))
+    >>> round(float(least), 3)  # 1 and -1 are gradients nearby
+    0.0
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")

@@ -26,6 +26,13 @@ def residual(problem: Problem, params, x, data, *, step):
     """The forward-backward residual (x - prox_{step G}(x - step grad F(x)))/step: zero at x_hat and nowhere else.
 
     ``step`` should be less than 1/L (Villacís 2025, where it is gamma).
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> lasso = jb.WeightedL1Problem(lambda p, x, d: 0.5 * jnp.sum((x - d) ** 2), lambda p, d: jnp.zeros_like(d))
+    >>> params, d = jnp.array(0.0), jnp.array([3.0, 0.5])  # soft thresholding by exp(0) solves it
+    >>> points = jnp.array([2.0, 0.0]), jnp.array([2.0, 1.0])
+    >>> [residual(lasso, params, x, d, step=0.5).tolist() for x in points]
+    [[0.0, 0.0], [0.0, 1.5]]
     """
     view = problem.view(params, data)
     moved = trees.add_scaled(x, -step, view.smooth.gradient(x))
@@ -58,6 +65,14 @@ class Oracle(AdjointOracle):
       loss_smoothness, in_axes, on_failure, chunk, max_steps, max_products: as in `jbilevel.implicit.Oracle`.
 
     ``hg.bound`` is never proven here; ``value_bound`` is, with strong_convexity and loss_smoothness.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> lasso = jb.WeightedL1Problem(
+    ...     lambda p, x, d: 0.5 * jnp.sum((x - d["y"]) ** 2), lambda p, d: jnp.zeros_like(d["y"]), strong_convexity=1.0)
+    >>> oracle = jb.nonsmooth.Oracle(lasso, jb.losses.squared_error(), estimate=False)
+    >>> hg = oracle(jnp.array(0.0), {"y": jnp.array([[3.0, 0.5]]), "x": jnp.array([[1.0, 0.0]])}, tol=1e-4)
+    >>> round(float(hg.value), 3), round(float(hg.grad), 3)  # of (3 - exp(p) - 1)^2/2, the other entry stays 0
+    (0.5, -1.0)
     """
 
     solver: ForwardBackward = ForwardBackward()

@@ -44,6 +44,14 @@ class Oracle(AdjointOracle):
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
     ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
     problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> problem = jb.variational(None, jb.regularizers.TV())  # two pixels: each moves towards the other by exp(params)
+    >>> oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=0), estimate=False)
+    >>> batch = {"y": jnp.array([[[0.0, 1.0]]]), "x": jnp.array([[[0.2, 0.8]]])}
+    >>> hg = oracle(jnp.log(jnp.array([0.1])), batch, tol=1e-4)
+    >>> round(float(hg.value), 3), round(float(hg.grad[0]), 3)  # of (exp(p) - 0.2)^2
+    (0.01, -0.02)
     """
 
     mode: str = "sequential"

@@ -66,7 +66,12 @@ def soft(v, step=1.0, weight=1.0):
 
 
 def group(v, step=1.0, weight=1.0, *, axis):
-    """Prox of weight sum |x|_2, the 2-norm taken over ``axis``: isotropic shrinkage; derivative 0 inside."""
+    """Prox of weight sum |x|_2, the 2-norm taken over ``axis``: isotropic shrinkage; derivative 0 inside.
+
+    >>> import jax.numpy as jnp
+    >>> group(jnp.array([[3.0, 0.3], [4.0, 0.4]]), 2.5, axis=0).tolist()  # columns of lengths 5 and 1/2, less 2.5
+    [[1.5, 0.0], [2.0, 0.0]]
+    """
     threshold = step * weight
 
     def factor(length):
@@ -77,13 +82,23 @@ def group(v, step=1.0, weight=1.0, *, axis):
 
 
 def box(v, lower=None, upper=None):
-    """Projection onto lower <= x <= upper (None: no bound)."""
+    """Projection onto lower <= x <= upper (None: no bound).
+
+    >>> import jax.numpy as jnp
+    >>> box(jnp.array([-1.0, 0.5, 3.0]), 0.0, 1.0).tolist(), box(jnp.array([-1.0, 3.0]), lower=0.0).tolist()
+    ([0.0, 0.5, 1.0], [0.0, 3.0])
+    """
     v = v if lower is None else jnp.where(v < lower, lower, v)
     return v if upper is None else jnp.where(v > upper, upper, v)
 
 
 def ball(v, radius=1.0, *, axis=None):
-    """Projection onto |x|_2 <= radius, the 2-norm taken over ``axis`` (None: over the whole array)."""
+    """Projection onto |x|_2 <= radius, the 2-norm taken over ``axis`` (None: over the whole array).
+
+    >>> import jax.numpy as jnp
+    >>> ball(jnp.array([3.0, 4.0]), 2.5).tolist(), ball(jnp.array([3.0, 4.0]), 10.0).tolist()
+    ([1.5, 2.0], [3.0, 4.0])
+    """
 
     def factor(length):
         outside = length > radius
@@ -93,12 +108,23 @@ def ball(v, radius=1.0, *, axis=None):
 
 
 def squared_distance(v, step, center=0.0, weight=1.0):
-    """Prox of weight/2 |x - center|^2: the data term of denoising, or of any measurement with a diagonal weight."""
+    """Prox of weight/2 |x - center|^2: the data term of denoising, or of any measurement with a diagonal weight.
+
+    >>> import jax.numpy as jnp
+    >>> squared_distance(jnp.array([0.0, 4.0]), 1.0, center=2.0).tolist()  # with step and weight 1: half-way
+    [1.0, 3.0]
+    """
     return (v + step * weight * center) / (1.0 + step * weight)
 
 
 def squared_distance_conjugate(v, step, center=0.0, weight=1.0):
-    """Prox of the conjugate |y|^2/(2 weight) + <center, y> of weight/2 |x - center|^2: a dualised data term."""
+    """Prox of the conjugate |y|^2/(2 weight) + <center, y> of weight/2 |x - center|^2: a dualised data term.
+
+    >>> import jax.numpy as jnp
+    >>> v, step = jnp.array([1.0, 4.0]), 0.5
+    >>> squared_distance_conjugate(v, step, 2.0).tolist(), conjugate(squared_distance)(v, step, 2.0).tolist()
+    ([0.0, 2.0], [0.0, 2.0])
+    """
     return (v - step * center) / (1.0 + step / weight)
 
 
@@ -106,6 +132,10 @@ def huber(v, step, weight=1.0, width=1.0, *, axis=None):
     """Prox of weight sum h(|x|), h(t) = t^2/(2 width) up to width, t - width/2 beyond.
 
     |x| is the absolute value, or with ``axis`` the 2-norm over it.
+
+    >>> import jax.numpy as jnp
+    >>> huber(jnp.array([1.0, 4.0]), 1.0).tolist()  # halved where h is a parabola, moved by step weight beyond
+    [0.5, 3.0]
     """
     threshold = step * weight
 
@@ -117,7 +147,12 @@ def huber(v, step, weight=1.0, width=1.0, *, axis=None):
 
 
 def huber_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
-    """Prox of the conjugate of `huber`'s function: width/(2 weight) |y|^2 where |y| <= weight, else infinite."""
+    """Prox of the conjugate of `huber`'s function: width/(2 weight) |y|^2 where |y| <= weight, else infinite.
+
+    >>> import jax.numpy as jnp
+    >>> huber_conjugate(jnp.array([1.0, 4.0]), 1.0).tolist()  # halved, and projected onto [-1, 1]
+    [0.5, 1.0]
+    """
     shrunk = v / (1.0 + step * width / weight)
     return box(shrunk, -weight, weight) if axis is None else ball(shrunk, weight, axis=axis)
 
@@ -126,6 +161,12 @@ def root(v, step, weight=1.0, width=1.0, *, axis=None):
     """Prox of weight sum sqrt(|x|^2 + width^2), |x| as in `huber`: smoothed total variation and its relatives.
 
     |x| = width u with step weight u/sqrt(1 + u^2) + width u = |v|.
+
+    >>> import jax.numpy as jnp
+    >>> v, step = jnp.array([0.1, 5.0]), 1.0
+    >>> x = root(v, step)
+    >>> bool(jnp.allclose(x + step * x / jnp.sqrt(x**2 + 1), v, atol=1e-6))  # the condition that defines it
+    True
     """
 
     def factor(length):
@@ -139,6 +180,11 @@ def root_conjugate(v, step, weight=1.0, width=1.0, *, axis=None):
     """Prox of the conjugate of `root`'s function: -width sqrt(weight^2 - |y|^2) where |y| <= weight, else infinite.
 
     |y| = weight u/sqrt(1 + u^2) with weight u/sqrt(1 + u^2) + step width u = |v|.
+
+    >>> import jax.numpy as jnp
+    >>> v = jnp.array([0.1, 5.0])
+    >>> bool(jnp.allclose(root_conjugate(v, 0.5), conjugate(root)(v, 0.5), atol=1e-6))  # and never beyond the weight
+    True
     """
 
     def factor(length):
@@ -186,6 +232,10 @@ def smoothed_relu(v, step, weight=1.0, width=0.01):
     """Prox of weight sum psi(x), psi(t) = 0, t^2/(2 width), t - width/2 for t <= 0, < width, beyond.
 
     Bogensperger et al. 2024 (bogensperger_piggyback_maid_2024), (31).
+
+    >>> import jax.numpy as jnp
+    >>> smoothed_relu(jnp.array([-1.0, 1.0, 4.0]), 1.0, width=1.0).tolist()
+    [-1.0, 0.5, 3.0]
     """
     threshold = step * weight
     middle = v / (1.0 + threshold / width)
@@ -193,7 +243,12 @@ def smoothed_relu(v, step, weight=1.0, width=0.01):
 
 
 def smoothed_relu_conjugate(v, step, weight=1.0, width=0.01):
-    """Prox of the conjugate of `smoothed_relu`'s function: width/(2 weight) y^2 on [0, weight], else infinite."""
+    """Prox of the conjugate of `smoothed_relu`'s function: width/(2 weight) y^2 on [0, weight], else infinite.
+
+    >>> import jax.numpy as jnp
+    >>> smoothed_relu_conjugate(jnp.array([-1.0, 1.0, 4.0]), 1.0, width=1.0).tolist()
+    [0.0, 0.5, 1.0]
+    """
     return box(v / (1.0 + step * width / weight), 0.0, weight)
 
 
@@ -250,14 +305,25 @@ def conjugate(prox: Callable) -> Callable:
 
 
 def times(step, v):
-    """step * v for a step that is one number, or a pytree like v of numbers and arrays."""
+    """step * v for a step that is one number, or a pytree like v of numbers and arrays.
+
+    >>> import jax.numpy as jnp
+    >>> v = {"image": jnp.array([1.0, 2.0]), "dual": jnp.array(3.0)}
+    >>> times(2.0, v)["image"].tolist(), times({"image": 0.5, "dual": 1.0}, v)["image"].tolist()
+    ([2.0, 4.0], [0.5, 1.0])
+    """
     if jax.tree.structure(step) == jax.tree.structure(0) and jnp.ndim(step) == 0:
         return trees.scale(step, v)
     return jax.tree.map(lambda s, leaf: (s * leaf).astype(leaf.dtype), step, v)
 
 
 def divided(v, step):
-    """v / step, as in `times`."""
+    """v / step, as in `times`.
+
+    >>> import jax.numpy as jnp
+    >>> divided(jnp.array([1.0, 2.0]), 4.0).tolist()
+    [0.25, 0.5]
+    """
     return times(jax.tree.map(lambda s: 1.0 / s, step), v)
 
 
@@ -268,6 +334,13 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
     v, firmly nonexpansive, |Pu - Pv|^2 <= <Pu - Pv, u - v>, with a derivative that is symmetric and agrees with
     differences. Both inner products are weighted with 1/step. Use float64: differences are worth little in float32.
     Kinks are forgiven: the worst tenth of the comparisons with differences does not count.
+
+    >>> import jax, jax.numpy as jnp
+    >>> with jax.enable_x64(True):
+    ...     check_prox(soft, jnp.zeros(3))
+    ...     check_prox(lambda v, step: v**2, jnp.zeros(3))
+    Traceback (most recent call last):
+    ValueError: the prox is not firmly nonexpansive, so it is the prox of no convex function.
     """
     apply = lambda v: prox(v, step)  # noqa: E731
     same_output(jax.eval_shape(apply, v), v, "the prox")
@@ -312,7 +385,15 @@ def check_prox(prox: Callable, v, step=0.5, *, pairs: int = 20, scale: float = 1
 
 
 def same_output(out, v, name: str) -> None:
-    """ValueError/TypeError unless ``out`` (shapes) has the structure, the shapes and the dtypes of v."""
+    """ValueError/TypeError unless ``out`` (shapes) has the structure, the shapes and the dtypes of v.
+
+    >>> import jax, jax.numpy as jnp
+    >>> v = jnp.zeros(3)
+    >>> same_output(jax.eval_shape(soft, v), v, "my prox")
+    >>> same_output(jax.eval_shape(jnp.sum, v), v, "my prox")
+    Traceback (most recent call last):
+    ValueError: my prox must return the shape (3,), got ().
+    """
     if jax.tree.structure(out) != jax.tree.structure(v):
         raise ValueError(f"{name} must return the structure {jax.tree.structure(v)}, got {jax.tree.structure(out)}.")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(v), strict=True):

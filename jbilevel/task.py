@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from jbilevel import explicit
+from jbilevel._core import brief
 from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
 from jbilevel._core.validate import arrays, require_hashable, trace_scalar
@@ -46,6 +47,13 @@ class Pipeline:
     Attributes:
       lower: the problem with ``params["regularizer"]`` as its parameters, and of the data only what is ``measured``, so
         that neither labels nor clean images can reach it.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.sum(x), lambda output, label: (output - label) ** 2)
+    >>> params, frozen = pipeline.split(jnp.zeros(1), jnp.array(2.0))
+    >>> float(pipeline(params, jnp.ones((2, 2)), {"labels": 5.0, "frozen": frozen}))  # (2 * 4 - 5)^2
+    9.0
     """
 
     problem: Any
@@ -54,6 +62,8 @@ class Pipeline:
     image: Callable | None = None
     measured: str | tuple[str, ...] = ("y",)
     labels: str = "labels"
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         for name, function in (("task", self.task), ("loss", self.loss)):
@@ -248,7 +258,16 @@ def _first(pipeline: Pipeline, params, x, batch):
 
 @dataclass(frozen=True, eq=False)
 class TaskAdapted:
-    """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`."""
+    """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), jb.losses.squared_error(None))
+    >>> found = TaskAdapted(jnp.array([-2.0]), jnp.array(3.0), None, pipeline)
+    >>> batch = {"y": jnp.ones((2, 4, 4))}
+    >>> found.reconstruct(batch).shape, found(batch).tolist()  # pictures, and what the task makes of them
+    ((2, 4, 4), [3.0, 3.0])
+    """
 
     regularizer: Any = field(repr=False)
     task: Any = field(repr=False)
@@ -265,7 +284,14 @@ class TaskAdapted:
 
 
 def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=None):
-    """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails."""
+    """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), lambda output, label: (output - label) ** 2)
+    >>> reconstruct(pipeline, jnp.array([-2.0]), {"y": jnp.ones((2, 4, 4))}).shape
+    (2, 4, 4)
+    """
     names = pipeline.measured
     seen = batch[names] if isinstance(names, str) else {name: batch[name] for name in names}
     x, info = jax.vmap(lambda data: solve(pipeline.problem, regularizer, data, tol=tol))(seen)
@@ -274,7 +300,14 @@ def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=None):
 
 
 def rates(**optimizers) -> optax.GradientTransformation:
-    """One optax optimiser for each part of params: ``rates(regularizer=optax.adam(0.1), task=optax.adam(1e-3))``."""
+    """One optax optimiser for each part of params.
+
+    >>> params = {"regularizer": jnp.array(1.0), "task": jnp.array(1.0)}
+    >>> optimizer = rates(regularizer=optax.sgd(0.5), task=optax.sgd(0.25))
+    >>> updates, _ = optimizer.update(params, optimizer.init(params))
+    >>> float(updates["regularizer"]), float(updates["task"])
+    (-0.5, -0.25)
+    """
     transforms: dict[Hashable, optax.GradientTransformation] = {**optimizers}
     return optax.multi_transform(transforms, {name: name for name in optimizers})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jbilevel._core import io
+from jbilevel._core import brief, io
 from jbilevel._core.settings import own_settings
 from jbilevel._method.base import Method, require_oracle
 from jbilevel._training import stopping, warm_store
@@ -26,7 +26,11 @@ BEST = "best parameters of jbilevel.Validation"
 
 
 class FitStatus(enum.IntEnum):
-    """Why `fit` returned; ``message`` says it in a sentence (`FitResult.message` with the numbers of the run)."""
+    """Why `fit` returned; ``message`` says it in a sentence (`FitResult.message` with the numbers of the run).
+
+    >>> FitStatus.EXHAUSTED.message
+    'The batches ended before the steps did.'
+    """
 
     FINISHED = 0, "All steps were taken."
     CONVERGED = 1, "The method cannot improve any further, or a stop rule was met."
@@ -51,6 +55,12 @@ class FitResult:
     ``grad_norm``, ``error``, ``step``, ``tol``, ``adjoint_tol``, ``status`` (codes of `Status`) as the method reported
     them, ``seconds`` (without compilation) and ``work`` (gradient-equivalents so far); status, message: why it ended,
     in a sentence; steps: finished ones, with those before a resume; work: total; compile_seconds: spent on compiling.
+
+    >>> import jbilevel as jb, jax.numpy as jnp, optax
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> result = jb.fit(jb.FirstOrder(oracle, optax.sgd(0.5)), jnp.array(0.0), jnp.array([1.0, 3.0]), steps=3)
+    >>> result.status.name, result.steps, result.history["value"].tolist(), float(result.params)
+    ('FINISHED', 3, [2.5, 1.0, 0.625], 1.75)
     """
 
     params: Any = field(repr=False)
@@ -244,6 +254,10 @@ class Validation:
         self.oracle, self.batch, self.every, self.patience, self.tol = oracle, batch, every, patience, tol
         self.path, self._choose = None if path is None else Path(path), params
         self.params, self.value, self.step, self.history, self._seen = None, math.inf, None, [], False
+
+    def __repr__(self) -> str:
+        found = (f"{name}={brief.brief(vars(self)[name])}" for name in ("every", "patience", "value", "step"))
+        return brief.call("Validation", [brief.brief(self.oracle), *found])
 
     def __call__(self, step: int, state, info) -> bool:
         """Measures after every ``every``-th step; True when patience is at its end."""

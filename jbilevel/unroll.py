@@ -40,6 +40,14 @@ class Oracle(ForwardOracle):
       in_axes, on_failure, chunk: see `jb.Oracle`.
 
     ``tol`` does not change the work here: it only decides the status, CONVERGED or MAX_STEPS after K steps.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, smoothness=2.0)
+    >>> loss = lambda p, x, d: x
+    >>> oracle = jb.unroll.Oracle(problem, loss, steps=3, solver=jb.solvers.GradientDescent)  # each goes half the way
+    >>> hg = oracle(jnp.array(1.0), jnp.array([8.0]))
+    >>> float(hg.value), float(hg.grad), hg.lower.status.tolist() == [jb.Status.MAX_STEPS]
+    (7.0, 7.0, True)
     """
 
     problem: Problem
@@ -159,6 +167,14 @@ class OneStep(AdjointOracle):
     bias with the Newton correction of `implicit.Oracle`; ``correct=True`` removes most of it.
 
     Args: as `jbilevel.implicit.Oracle`; step: gradient step length, 1/L of the problem when None.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> problem = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0, smoothness=2.0)
+    >>> oracle = jb.unroll.OneStep(problem, lambda p, x, d: x, solver=jb.solvers.AGD(), estimate=False)
+    >>> hg = oracle(jnp.array(1.0), jnp.array([8.0]), tol=1e-5)  # x_hat = 8 p; the step 1/2 halves its derivative
+    >>> round(float(hg.value), 3), float(hg.grad)
+    (8.0, 4.0)
     """
 
     step: float | None = None

@@ -85,6 +85,13 @@ def load(path, like=None) -> tuple[Any, dict]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, cut short or not from `save`, or does not fit ``like``: one sentence with the
         file and the reason. A flipped bit is found in npz (CRC), not in safetensors, which has no checksum.
+
+    >>> import jbilevel as jb, jax.numpy as jnp, tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "denoiser.npz")
+    >>> jb.save(path, {"filters": jnp.ones((2, 3, 3)), "weight": 0.5}, {"noise": 0.1})
+    >>> params, meta = jb.load(path, like={"filters": jnp.zeros((2, 3, 3)), "weight": 0.0})  # checked against this
+    >>> params["filters"].shape, params["weight"], meta["noise"]
+    ((2, 3, 3), 0.5, 0.1)
     """
     expected = None if like is None else _encode(like, (), _describe)
     header, arrays = _read(path)

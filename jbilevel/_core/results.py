@@ -10,11 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core import brief
+
 RUNNING = -1  # internal: a loop that has not stopped yet
 
 
 class Status(enum.IntEnum):
-    """How a solve ended; larger is worse, so the status of a batch is the maximum over its samples."""
+    """How a solve ended; larger is worse, so the status of a batch is the maximum over its samples.
+
+    >>> import jbilevel as jb
+    >>> jb.Status(3).name, jb.Status.MAX_STEPS > jb.Status.CONVERGED
+    ('MAX_STEPS', True)
+    >>> jb.Status.MAX_STEPS.message
+    'The step limit was reached before the tolerance; raise `max_steps`, loosen `tol` or warm-start.'
+    """
 
     CONVERGED = 0
     PRECISION = 1
@@ -70,16 +79,49 @@ _MESSAGES = {
 }
 
 
+def names(status) -> str:
+    """The names of status codes, with the number of samples that have each where there are several.
+
+    >>> names(np.array([0, 3, 0]))
+    '2 CONVERGED and 1 MAX_STEPS'
+    """
+    if status is None or not brief.known(status):
+        return brief.brief(status)
+    codes, counts = np.unique(np.asarray(status), return_counts=True)
+    found = [Status(code).name if code in set(Status) else f"{code}" for code in codes.tolist()]
+    if np.ndim(status):
+        found = [f"{count} {name}" for count, name in zip(counts, found, strict=True)]
+    return " and ".join(found)
+
+
 class ConvergenceError(RuntimeError):
-    """A solve did not reach its tolerance; the message names the sample, the status and the residual."""
+    """A solve did not reach its tolerance; the message names the sample, the status and the residual.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> info = jb.SolveInfo.exact(jnp.nan)
+    >>> try:
+    ...     jb.check(info)
+    ... except jb.ConvergenceError as error:
+    ...     print(error)
+    the lower-level solve ended NONFINITE with residual 0.00e+00: NaN or infinity appeared; check the data ...
+    """
 
 
 class Work(NamedTuple):
-    """Evaluations of the lower-level energy: values, gradients, Hessian-vector products (one each)."""
+    """Evaluations of the lower-level energy: values, gradients, Hessian-vector products (one each).
+
+    >>> import jbilevel as jb
+    >>> spent = jb.Work.zero().plus(gradients=3, products=4)
+    >>> spent.join(spent), int(spent.total)
+    (Work(values=0, gradients=6, products=8), 7)
+    """
 
     values: Any
     gradients: Any
     products: Any
+
+    def __repr__(self) -> str:
+        return brief.record(self, **{name: brief.span(count) for name, count in self._asdict().items()})
 
     @classmethod
     def zero(cls) -> Work:
@@ -103,6 +145,13 @@ class SolveInfo(NamedTuple):
 
     status: int32 code of `Status`; steps: int32; residual: final residual norm;
     error: proven bound on ||x - x_hat||_2, inf where none is known; evaluations: `Work`.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> info = jb.SolveInfo.exact(jnp.ones(2))
+    >>> info
+    SolveInfo(status=2 CONVERGED, steps=0, residual=0, error=0, evaluations=Work(values=0, gradients=1, products=0))
+    >>> bool(jnp.all(info.status == jb.Status.CONVERGED)), int(info.work)
+    (True, 1)
     """
 
     status: Any
@@ -110,6 +159,10 @@ class SolveInfo(NamedTuple):
     residual: Any
     error: Any
     evaluations: Work
+
+    def __repr__(self) -> str:
+        spans = {name: brief.span(number) for name, number in self._asdict().items()}
+        return brief.record(self, **spans | {"status": names(self.status), "evaluations": repr(self.evaluations)})
 
     @property
     def work(self):
@@ -126,10 +179,19 @@ class SolveInfo(NamedTuple):
 
 
 class Warm(NamedTuple):
-    """Where the next solves start: the lower-level unknown and the adjoint (``None`` for oracles without one)."""
+    """Where the next solves start: the lower-level unknown and the adjoint (``None`` for oracles without one).
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
+    >>> oracle = problem.oracle(jb.losses.squared_error())
+    >>> oracle.init(jnp.zeros(1, "float32"), jnp.zeros((8, 4, 4), "float32"))  # of eight images
+    Warm(x=float32[8,4,4], adjoint=float32[8,4,4])
+    """
 
     x: Any
     adjoint: Any
+
+    __repr__ = brief.record
 
 
 class Value(NamedTuple):
@@ -137,6 +199,12 @@ class Value(NamedTuple):
 
     value: weighted mean; error: estimate of |value - exact|; bound: proven bound (inf where none is known);
     values: per sample; lower: per-sample `SolveInfo`; warm: next warm start.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> found = oracle.value(jnp.array(0.0), jnp.array([1.0, 3.0]))
+    >>> float(found.value), found.values.tolist(), int(found.status), int(found.work)
+    (2.5, [0.5, 4.5], 0, 2)
     """
 
     value: Any
@@ -145,6 +213,9 @@ class Value(NamedTuple):
     values: Any
     lower: SolveInfo
     warm: Warm
+
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status))
 
     @property
     def status(self):
@@ -164,6 +235,12 @@ class Hypergradient(NamedTuple):
     grad: pytree like params, direct plus indirect part; error: estimate of the 2-norm error of the `grad` returned
     (with correct=True: of what remains); certified, bound: a proven bound on that error when certified, else inf;
     warm: next warm start; lower, adjoint: per-sample `SolveInfo`.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    >>> hg = oracle(jnp.array(0.0), jnp.array([1.0, 3.0]))
+    >>> float(hg.value), float(hg.grad), float(hg.error), bool(hg.certified)
+    (2.5, -2.0, 0.0, True)
     """
 
     value: Any
@@ -177,6 +254,9 @@ class Hypergradient(NamedTuple):
     warm: Warm
     lower: SolveInfo
     adjoint: SolveInfo
+
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
 
     @property
     def status(self):
@@ -197,6 +277,13 @@ class StepInfo(NamedTuple):
     parameters did not move); tol, adjoint_tol: accuracies used; work: gradient-equivalents spent by this step;
     status: worst `Status` among its solves; done: True when the method cannot improve any further; stationary: whether
     the gradient was shown to be small there, against the errors and the rounding of values (else it is stuck).
+
+    >>> import jbilevel as jb, jax.numpy as jnp, optax
+    >>> method = jb.FirstOrder(jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2), optax.sgd(0.25))
+    >>> batch = jnp.array([1.0, 3.0])
+    >>> state, info = method.step(method.init(jnp.array(0.0), batch), batch)
+    >>> float(info.value), float(info.grad_norm), float(info.step), bool(info.done)
+    (2.5, 2.0, 0.5, False)
     """
 
     value: Any
@@ -209,6 +296,9 @@ class StepInfo(NamedTuple):
     status: Any
     done: Any
     stationary: Any = False
+
+    def __repr__(self) -> str:
+        return brief.record(self, status=names(self.status))
 
 
 def acceptable(status):

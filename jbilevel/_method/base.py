@@ -38,9 +38,7 @@ class _State:
     def __delattr__(self, name):
         raise FrozenInstanceError(f"cannot delete `{name}` of a state")
 
-    def __repr__(self) -> str:
-        parts = (f"{f.name}={brief.brief(vars(self)[f.name])}" for f in fields(type(self)))  # type: ignore[arg-type]
-        return brief.call(type(self).__name__, parts)
+    __repr__ = brief.record
 
 
 class MethodState(_State):
@@ -71,7 +69,7 @@ class MethodState(_State):
     adjoint_tol: Any
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Method(Contract, abstract="jb.Method"):
     """What moves params, step by step, by what an oracle tells it; `jb.fit` runs it.
 
@@ -109,14 +107,6 @@ class Method(Contract, abstract="jb.Method"):
     log_error: bool = False
 
     compares_values: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "__repr__" not in vars(cls):  # or the decorator writes one that shows every field of every field
-            cls.__repr__ = Method.__repr__
-
-    def __repr__(self) -> str:
-        return brief.settings(self)
 
     def __post_init__(self):
         require_oracle(self.oracle, type(self).__name__)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbilevel._core import trees
+from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.recompilation import note_compilation
-from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, say_if_unsolved
+from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
 from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
@@ -41,7 +41,13 @@ class Scales(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact."""
+    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> info = jb.SolveInfo.exact(1.0)
+    >>> jb.Sample(value=jnp.array(0.5), warm=jb.Warm(None, None), lower=info, adjoint=info)
+    Sample(value=0.5, warm=Warm(x=None, adjoint=None), lower=CONVERGED, adjoint=CONVERGED)
+    """
 
     value: Any  # upper-level value at the computed x
     warm: Warm
@@ -52,6 +58,9 @@ class Sample(NamedTuple):
     bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
     gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
     residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+
+    def __repr__(self) -> str:
+        return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
 
     def filled(self, exact: bool) -> Sample:
         """With arrays in place of what was left out."""
@@ -88,9 +97,16 @@ class Oracle(Contract, abstract="jb.Oracle"):
       in_axes: sample axes of the batch, as for `jax.vmap`.
       on_failure: "nan": one bad sample makes the mean NaN; "drop": it leaves the mean.
       chunk: samples solved at a time; None: all at once; "auto": one on a CPU, all elsewhere.
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> oracle = jb.explicit.Oracle(lambda p, d: 0.5 * (p - d) ** 2, on_failure="drop")
+    >>> params, batch = jnp.array(0.0), jnp.array([1.0, 3.0, jnp.nan])
+    >>> hg = oracle(params, batch, oracle.init(params, batch))
+    >>> float(hg.value), float(hg.grad), hg.values.tolist(), hg.lower.status.tolist()
+    (2.5, -2.0, [0.5, 4.5, nan], [0, 0, 5])
     """
 
-    in_axes: Any = 0
+    in_axes: Any = Axes.of(0)
     on_failure: str = "nan"
     chunk: int | str | None = "auto"
 

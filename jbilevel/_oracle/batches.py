@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core import brief
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -24,6 +26,9 @@ class Axes:
         if not all(leaf is None or isinstance(leaf, int) for leaf in leaves):
             raise TypeError(f"`in_axes` must hold integers and None, as for jax.vmap, got {in_axes}.")
         return cls(tuple(leaves), treedef)
+
+    def __repr__(self) -> str:
+        return brief.brief(self.tree())
 
     def tree(self):
         return jax.tree.unflatten(self.treedef, self.leaves)

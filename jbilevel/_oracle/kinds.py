@@ -27,7 +27,22 @@ def _zero_unless_any(kept, gradients: PullBackPoints) -> PullBackPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class PullBackOracle(Oracle, abstract="jb.PullBackOracle"):
-    """Oracle of a kind that solves for each sample, and then pulls what it found back to the parameters."""
+    """Oracle of a kind that solves for each sample, and then pulls what it found back to the parameters.
+
+    >>> import jbilevel as jb
+    >>> class Shift(jb.PullBackOracle):  # x_hat = params + data, loss |x_hat|^2/2: params are pulled back by x_hat
+    ...     def start(self, params, data):
+    ...         return jb.Warm(None, None)
+    ...     def sample_value(self, params, data, warm, tol):
+    ...         info = jb.SolveInfo.exact(params + data)
+    ...         return jb.Sample(0.5 * (params + data) ** 2, warm, lower=info, adjoint=info)
+    ...     def sample(self, params, data, warm, tol, adjoint_tol):
+    ...         return self.sample_value(params, data, warm, tol), PullBackPoints(params + data)
+    ...     def surrogate(self, params, data, point):
+    ...         return params * point
+    >>> float(Shift()(jnp.array(1.0), jnp.array([1.0, 3.0])).grad)
+    3.0
+    """
 
     @abstractmethod
     def sample(self, params, data, warm: Warm, tol, adjoint_tol) -> tuple[Sample, PullBackPoints]:
@@ -57,7 +72,19 @@ class PullBackOracle(Oracle, abstract="jb.PullBackOracle"):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOracle(Oracle, abstract="jb.ForwardOracle"):
-    """Oracle of a kind that differentiates its own forward pass."""
+    """Oracle of a kind that differentiates its own forward pass.
+
+    >>> import jbilevel as jb
+    >>> class Shift(jb.ForwardOracle):  # x_hat = params + data, loss |x_hat|^2/2
+    ...     def start(self, params, data):
+    ...         return jb.Warm(None, None)
+    ...     def forward(self, params, data, warm, tol):
+    ...         value = 0.5 * (params + data) ** 2
+    ...         info = jb.SolveInfo.exact(jax.lax.stop_gradient(value))
+    ...         return value, jb.Sample(jax.lax.stop_gradient(value), warm, lower=info, adjoint=info)
+    >>> float(Shift()(jnp.array(1.0), jnp.array([1.0, 3.0])).grad)
+    3.0
+    """
 
     @abstractmethod
     def forward(self, params, data, warm: Warm, tol) -> tuple[Any, Sample]:

@@ -25,6 +25,12 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     """Oracle of a lower level that is solved, and differentiated by an adjoint system at the solution.
 
     A kind of lower level is a `Lower` with its `System`; everything else is here.
+
+    >>> import jbilevel as jb
+    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
+    >>> oracle = problem.oracle(jb.losses.squared_error(), correct=True, max_steps=100)
+    >>> isinstance(oracle, jb.AdjointOracle), oracle.correct, oracle.missing(certified=True)
+    (True, True, '`loss_smoothness` to the oracle')
     """
 
     problem: Problem

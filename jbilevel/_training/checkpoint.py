@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import jax
@@ -107,7 +110,27 @@ def describe(thing, name: str) -> dict[str, str]:
     if is_dataclass(thing) and not isinstance(thing, type):
         parts = [describe(vars(thing)[f.name], f"{name}.{f.name}") for f in fields(thing) if f.compare]
         return {name: type(thing).__name__} | {key: text for part in parts for key, text in part.items()}
-    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))}
+    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", _spelt(thing))}
+
+
+def _spelt(thing: Any) -> str:
+    """All of a thing inside another one: what the repr of objects leaves out tells two runs apart."""
+    kind = type(thing)
+    if is_dataclass(kind):
+        inside = (f"{f.name}={_spelt(vars(thing)[f.name])}" for f in fields(kind) if f.compare)
+        return f"{kind.__qualname__}({', '.join(inside)})"
+    if issubclass(kind, tuple) and kind is not tuple:  # a named one
+        return f"{kind.__qualname__}({', '.join(f'{name}={_spelt(v)}' for name, v in thing._asdict().items())})"
+    if kind is tuple:
+        return f"({', '.join(map(_spelt, thing))}{',' if len(thing) == 1 else ''})"
+    if isinstance(thing, partial):
+        given = [*map(_spelt, thing.args), *(f"{key}={_spelt(value)}" for key, value in thing.keywords.items())]
+        return f"functools.partial({', '.join([_spelt(thing.func), *given])})"
+    if isinstance(thing, bytes):  # the numbers of an array
+        return f"sha256 {hashlib.sha256(thing).hexdigest()}"
+    if isinstance(thing, MethodType):
+        return f"<bound method {thing.__func__.__qualname__} of {_spelt(thing.__self__)}>"
+    return repr(thing)
 
 
 def _file(path) -> Path:

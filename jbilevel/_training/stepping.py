@@ -76,7 +76,7 @@ class Stepper:
         return Taken(state, info, bool(finite), time.perf_counter() - began)
 
     def _compile(self, state, batch) -> None:
-        shapes = repr(jax.tree.map(jax.typeof, batch))
+        shapes = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
         if shapes not in self._compiled:
             began = time.perf_counter()
             _step.lower(self.method, state, batch).compile()  # kept by JAX for the call itself

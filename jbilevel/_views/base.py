@@ -14,6 +14,13 @@ class View(Contract, abstract="jb.View"):
 
     What else a view offers belongs to its kind: `SmoothView` an energy with its gradient, Hessian products and
     constants, `SaddleView` a linear operator and two proximal maps, `WeightedL1View` a smooth part and a penalty.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> class Root(jb.View):  # of an increasing function of slope at least 2: |x - x_hat| <= |f(x)|/2
+    ...     def error_bound(self, residual):
+    ...         return residual / 2
+    >>> float(Root().error_bound(jnp.array(0.5)))
+    0.25
     """
 
     @property

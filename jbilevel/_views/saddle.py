@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import prox
-from jbilevel._core import trees
+from jbilevel._core import brief, trees
 from jbilevel._core.constants import SaddleConstants
 from jbilevel._views.base import View
 
@@ -20,7 +20,16 @@ POWER_STEPS, POWER_SAFETY = 30, 1.05
 
 @dataclass(frozen=True)
 class SaddleView(View):
-    """A saddle problem at fixed params and data, as solvers use it. A modulus is None where it is not known."""
+    """A saddle problem at fixed params and data, as solvers use it. A modulus is None where it is not known.
+
+    >>> import jbilevel as jb
+    >>> problem = jb.variational(None, jb.regularizers.TV())
+    >>> view = problem.view(jnp.array([0.0]), jnp.array([[0.0, 1.0]]))
+    >>> view.linear(jnp.array([[0.0, 1.0]])).tolist()  # differences down and to the right
+    [[[0.0, 0.0]], [[1.0, 0.0]]]
+    >>> float(view.mu_primal), view.mu_dual, view.certified  # the data term is strongly convex, the dual is not
+    (1.0, None, False)
+    """
 
     linear: Callable  # x -> K x
     transpose: Callable  # y -> K* y
@@ -35,6 +44,8 @@ class SaddleView(View):
     constants: SaddleConstants = SaddleConstants()
     exact_adjoint: bool = True  # False: ``transpose`` is known to be rough, and is not tested
     linear_system: bool = False  # stop on the residual itself, as linear solves do, not on the error bound
+
+    __repr__ = brief.record
 
     @property
     def certified(self):

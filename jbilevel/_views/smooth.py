@@ -36,7 +36,14 @@ EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
 
 @dataclass(frozen=True)
 class SmoothView(View):
-    """A smooth energy at fixed params and data, as solvers use it."""
+    """A smooth energy at fixed params and data, as solvers use it.
+
+    >>> import jbilevel as jb
+    >>> view = jb.SmoothView(lambda x: 0.5 * jnp.sum(x**2), jb.Constants(strong_convexity=1.0, smoothness=1.0))
+    >>> value, gradient, product = view.linearize(jnp.array([3.0, 4.0]))
+    >>> float(value), gradient.tolist(), product(jnp.ones(2)).tolist(), float(view.error_bound(trees.norm(gradient)))
+    (12.5, [3.0, 4.0], [1.0, 1.0], 5.0)
+    """
 
     value: Callable
     constants: Constants

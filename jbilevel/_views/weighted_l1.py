@@ -77,7 +77,15 @@ class IndexSets(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightedL1View(View):
-    """F + G at fixed params and data, as solvers use it."""
+    """F + G at fixed params and data, as solvers use it.
+
+    >>> import jbilevel as jb
+    >>> lasso = jb.WeightedL1Problem(lambda p, x, d: 0.5 * jnp.sum((x - d) ** 2), lambda p, d: jnp.zeros_like(d))
+    >>> view = lasso.view(jnp.array(0.0), jnp.array([3.0, 0.5]))
+    >>> x = jnp.array([2.0, 0.0])
+    >>> float(view.value(x)), view.smooth.gradient(x).tolist(), view.penalty.prox(jnp.array([3.0, 0.5]), 1.0).tolist()
+    (2.625, [-1.0, -0.5], [2.0, 0.0])
+    """
 
     smooth: SmoothView
     penalty: Penalty

@@ -21,6 +21,14 @@ def from_flax(model, variables=None) -> tuple[Callable, Any]:
     Raises:
       ImportError: flax is not installed. TypeError: not a Flax module, or Linen without variables.
       ValueError: an nnx module would normalise with statistics of the batch, or drop out at random.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> from flax import nnx
+    >>> f, params = jb.nets.from_flax(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> f(params, jnp.ones(2)).shape
+    (3,)
+    >>> loss = lambda params, data: jnp.sum((f(params, data["y"]) - data["x"]) ** 2)
+    >>> oracle = jb.explicit.Oracle(loss)  # what a method trains it by
     """
     try:
         from flax import linen, nnx
@@ -49,6 +57,12 @@ def from_equinox(model) -> tuple[Callable, Any]:
 
     Raises:
       ImportError: equinox is not installed. TypeError: the module is not callable.
+
+    >>> import jax, jax.numpy as jnp, jbilevel as jb
+    >>> import equinox
+    >>> f, params = jb.nets.from_equinox(equinox.nn.Linear(2, 3, key=jax.random.key(0)))
+    >>> f(params, jnp.ones(2)).shape, f(jax.tree.map(jnp.zeros_like, params), jnp.ones(2)).tolist()
+    ((3,), [0.0, 0.0, 0.0])
     """
     try:
         import equinox

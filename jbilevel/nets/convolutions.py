@@ -33,6 +33,10 @@ class ConvNet(nnx.Module):
         +-1/sqrt(fan in)).
       zero_last: start with the last convolution at 0, so that a residual layer starts as the identity.
       dtype: what the convolutions compute in, such as ``jnp.bfloat16``; None: that of parameters and input.
+
+    >>> net = ConvNet(1, 2, dims=2, width=4, depth=2, rngs=nnx.Rngs(0))
+    >>> jax.eval_shape(net, jnp.ones((6, 5, 1))).shape, len(net.convs), len(net.slopes)
+    ((6, 5, 2), 2, 1)
     """
 
     def __init__(

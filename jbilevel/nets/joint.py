@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jbilevel._core import brief
+
 
 class Terms(NamedTuple):
     """The two parts of a `JointLoss` for one sample, not weighted."""
@@ -42,8 +44,10 @@ class JointLoss:
     Reference: Adler, Lunz, Verdier, Schönlieb & Öktem, Task adapted reconstruction, 2022, adler_task_2022.
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
-    >>> loss = JointLoss(lambda p, y: p * y, lambda p, x: p * x, jb.losses.dice, weight=1.0)
-    >>> data = {"y": jnp.ones(3), "x": jnp.ones(3), "labels": jnp.array([0, 1, 1])}
+    >>> def miss(logits, labels):
+    ...     return jnp.mean((logits - labels) ** 2)
+    >>> loss = JointLoss(lambda p, y: p * y, lambda p, x: p * x, miss, weight=1.0)
+    >>> data = {"y": jnp.ones(3), "x": jnp.ones(3), "labels": jnp.array([0.0, 1.0, 1.0])}
     >>> params = {"reconstruction": 1.0, "task": 1.0}
     >>> float(jax.grad(loss)(params, data)["reconstruction"])  # the image is right, and the task has no say
     0.0
@@ -54,6 +58,8 @@ class JointLoss:
     task_loss: Callable
     weight: float
     scales: tuple[float, float] = (1.0, 1.0)
+
+    __repr__ = brief.settings
 
     def __post_init__(self):
         if not 0 <= self.weight <= 1:

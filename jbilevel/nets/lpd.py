@@ -122,7 +122,7 @@ class LPD(nnx.Module):
     >>> A = jb.operators.ParallelBeam((16, 16), [0.0, 0.8, 1.6, 2.4], 24)
     >>> net = LPD.named("adler-oktem", operator=A, rngs=nnx.Rngs(0))
     >>> f, params = jb.nets.from_flax(net)
-    >>> sum(v.size for v in jax.tree.leaves(params)), f(params, jnp.ones(A.out_shape)).shape
+    >>> sum(v.size for v in jax.tree.leaves(params)), jax.eval_shape(f, params, jnp.ones(A.out_shape)).shape
     (251980, (16, 16))
     """
 

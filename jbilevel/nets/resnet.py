@@ -38,7 +38,7 @@ class ResNet(nnx.Module):
     >>> from flax import nnx
     >>> net = ResNet(18, 3, width=4, channels=1, rngs=nnx.Rngs(0))
     >>> f, params = jb.nets.from_flax(net)
-    >>> f(params, jnp.ones((32, 32))).shape
+    >>> jax.eval_shape(f, params, jnp.ones((32, 32))).shape
     (3,)
     >>> trained, frozen = jb.partition(params, net.last(1))  # fine-tuning of the last stage and the classifier
     """

@@ -65,6 +65,13 @@ def read_torch(path) -> dict[str, np.ndarray]:
       ValueError: the file is damaged, of the format before 1.6, or holds anything but names and tensors: one sentence
         with the file and the reason.
       ImportError: ``.safetensors`` without the package.
+
+    >>> import os, tempfile, jbilevel as jb, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
+    >>> save_file({"module.fc.weight": np.ones((3, 2), np.float32), "module.fc.bias": np.zeros(3, np.float32)}, path)
+    >>> {name: array.shape for name, array in sorted(jb.nets.read_torch(path).items())}
+    {'fc.bias': (3,), 'fc.weight': (3, 2)}
     """
     path = Path(path)
     with blame(path), open(path, "rb") as file:
@@ -87,6 +94,15 @@ def load_torch(model, path, *, skip: tuple[str, ...] = ()):
     Returns: ``model``.
 
     Raises: what `read_torch` raises; ValueError: names that are missing, left over or of another shape.
+
+    >>> import os, tempfile, jbilevel as jb
+    >>> from flax import nnx
+    >>> from safetensors.numpy import save_file
+    >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
+    >>> save_file({"fc.weight": np.ones((3, 2), np.float32), "fc.bias": np.zeros(3, np.float32)}, path)
+    >>> model = jb.nets.load_torch(nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0))), path)
+    >>> model.fc(jnp.ones(2)).tolist()
+    [2.0, 2.0, 2.0]
     """
     from flax import nnx
 

@@ -21,7 +21,7 @@ KERNELS = ("linear", "line", "strip")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Astra(LinearOperator):
     """The X-ray transform of `ParallelBeam`, same geometry and units, computed by the ASTRA Toolbox in float32.
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import numbers
-import reprlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,9 +20,6 @@ import jax.numpy as jnp
 from jbilevel._core.contracts import Contract
 from jbilevel._core.validate import native
 from jbilevel.operators import linear, norms
-
-_SHORT = reprlib.Repr()
-_SHORT.maxtuple = 4
 
 
 class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
@@ -77,14 +73,6 @@ class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
     @abstractmethod
     def transpose(self, y):
         """A^T y for a y with any leading axes; without the checks of ``A.T(y)``."""
-
-    def __repr__(self):
-        """Short whatever the number of angles: operators with long tuples are dataclasses with ``repr=False``."""
-        if not is_dataclass(self):
-            return super().__repr__()
-        values = ((f.name, vars(self)[f.name]) for f in fields(self))
-        parts = [f"{name}={(_SHORT.repr if isinstance(v, tuple) else repr)(v)}" for name, v in values]
-        return f"{type(self).__name__}({', '.join(parts)})"
 
     def map(self, x, transpose: bool, bind):
         """A x or A^T x, each primitive part through ``bind``: `linear.apply`, or `linear.plain` to look below it."""

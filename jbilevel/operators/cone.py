@@ -30,7 +30,7 @@ from jbilevel.operators.joseph import Group, centred, hat
 from jbilevel.operators.xray import XRay, check_plane
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ConeBeam(XRay):
     """The X-ray transform of a volume for rays from a point source to a flat panel, by Joseph's method.
 

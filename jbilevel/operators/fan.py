@@ -73,7 +73,7 @@ class FanInterpolation:
         return joseph.hat(ahead) * (centre / depth(view, i - view.source_row, j - view.source_column)) ** 2
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class FanBeam(PlaneXRay):
     """The X-ray transform of an image for rays from a point source to a flat detector, by Joseph's method.
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jbilevel._core import brief
+
 
 @dataclass(frozen=True)
 class FrozenArray:
@@ -26,7 +28,7 @@ class FrozenArray:
         return np.frombuffer(self.content, self.dtype).reshape(self.shape)
 
     def __repr__(self):
-        return f"FrozenArray(shape={self.shape}, dtype={self.dtype})"
+        return brief.brief(self.array)
 
 
 def frozen(values) -> FrozenArray:

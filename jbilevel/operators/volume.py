@@ -15,7 +15,7 @@ from jbilevel.operators.fbp import FBP
 from jbilevel.operators.xray import ParallelBeam, XRay, check_plane
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParallelBeam3D(XRay):
     """The X-ray transform of a volume for parallel rays perpendicular to its axis of rotation, by Joseph's method.
 

@@ -187,7 +187,7 @@ class _ParallelRays:
         return hat(view.spacing * ahead)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ParallelBeam(PlaneXRay):
     """The X-ray transform of an image for parallel rays, by Joseph's method.
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel import prox
+from jbilevel._core import brief
 from jbilevel._core.constants import Constants
 from jbilevel.problems.saddle import SaddleProblem
 from jbilevel.problems.smooth import SmoothProblem
@@ -38,11 +39,13 @@ class Variational:
 
     operator: Callable | None
     regularizer: Callable
-    measurement: Callable
-    in_shape: tuple | None
-    operator_norm: float | None
-    data_convexity: float | None
+    measurement: Callable = measurement_of
+    in_shape: tuple | None = None
+    operator_norm: float | None = None
+    data_convexity: float | None = None
     ridge: float = 0.0
+
+    __repr__ = brief.settings
 
     def __call__(self, params, x, data):
         y = self.measurement(data)
@@ -340,6 +343,9 @@ def _moduli(form: SaddleForm) -> list:
 class VariationalProblem(SmoothProblem):
     """What `variational` makes: it also knows which params its regulariser refuses."""
 
+    def __repr__(self) -> str:
+        return brief.call(type(self).__name__, brief.parts(self.energy))
+
     def check(self, params) -> None:
         super().check(params)
         self.energy.check(params)
@@ -349,9 +355,17 @@ class VariationalProblem(SmoothProblem):
 class VariationalSaddle(SaddleProblem):
     """The same in the saddle form."""
 
+    @property
+    def form(self) -> SaddleForm:
+        return self.linear.method.__self__
+
+    def __repr__(self) -> str:
+        constraint = ["nonnegative=True"] if self.form.nonnegative else []
+        return brief.call(type(self).__name__, brief.parts(self.form.model) + constraint)
+
     def check(self, params) -> None:
         super().check(params)
-        self.linear.method.__self__.check(params)
+        self.form.check(params)
 
 
 @dataclass(frozen=True)
@@ -359,6 +373,9 @@ class _Function(Regularizer):
     """A plain function R(params, x) as a regulariser of which no constants are known."""
 
     function: Callable
+
+    def __repr__(self) -> str:
+        return brief.brief(self.function)
 
     def init(self, key=None):
         raise TypeError("a plain function as regulariser has no parameters of its own to start from.")

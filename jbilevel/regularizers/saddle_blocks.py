@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jbilevel._core import brief
+
 
 def unchanged(v, step):
     """The prox of 0: of the function a where there is no z, or where it costs nothing."""
@@ -41,3 +43,5 @@ class SaddleBlocks:
     prox_auxiliary: Callable[[Any, Any], Any] = unchanged
     mu_auxiliary: Any = 0.0
     mu_dual: Any = 0.0
+
+    __repr__ = brief.settings

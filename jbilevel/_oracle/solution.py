@@ -34,21 +34,27 @@ class Spec:
         return self.lower.problem.view(params, data)
 
 
-def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
-    """``solve(spec, params, data, x0, tol, adjoint_tol) -> (x, info)`` behind the checks and the cold start."""
-    problem = spec.lower.problem
+@dataclass(frozen=True)
+class SolutionMap:
+    """``(params, data, x0=None, *, tol, adjoint_tol) -> x``: a differentiable solve behind the checks and the start."""
 
-    def solution(params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+    spec: Spec
+    with_info: bool
+
+    def __call__(self, params, data, x0=None, *, tol=1e-6, adjoint_tol=None):
+        problem = self.spec.lower.problem
         problem.check(params)
         problem.validate(params, data, x0)
         start = start_jitted(problem, params, data)
         x0 = start if x0 is None else trees.cast_like(x0, start)
         adjoint_tol = tol if adjoint_tol is None else adjoint_tol
         tol, adjoint_tol = require_tolerance(tol, "tol", x0), require_tolerance(adjoint_tol, "adjoint_tol", x0)
-        x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
-        return (x, jax.lax.stop_gradient(info)) if with_info else x
+        x, info = self.solve(params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
+        return (x, jax.lax.stop_gradient(info)) if self.with_info else x
 
-    return solution
+    def solve(self, params, data, x0, tol, adjoint_tol):
+        """(x, info), differentiable in params and data; here once, in reverse mode."""
+        return once(self.spec, params, data, x0, tol, adjoint_tol)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -119,8 +119,10 @@ def minimise(
         status = FitStatus.STOPPED
     history = {name: np.asarray([row[name] for row in run.rows]) for name in ("value", "tol", "work", "seconds")}
     message = {FitStatus.FINISHED: "The budget was spent."}.get(status, status.message)
+    found = run.assemble(start if run.best is None else run.best)
     return FitResult(
-        params=run.assemble(start if run.best is None else run.best),
+        params=found,
+        best=found,
         state=state,
         history=history,
         status=status,

@@ -19,7 +19,7 @@ from jbilevel._core.settings import own_settings
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
-from jbilevel._oracle.solution import ADJOINT, LOWER, Spec, as_cotangents, constant, leaf_gradients, solution_map
+from jbilevel._oracle.solution import ADJOINT, LOWER, SolutionMap, Spec, as_cotangents, constant, leaf_gradients
 from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
 from jbilevel.solvers.linear import CG, LinearSolver
@@ -119,7 +119,15 @@ def argmin(
     """
     _require(problem, linear_solver, "jb.implicit.argmin")
     spec = Spec(_lower(problem, solver, max_steps, linear_solver, max_products), on_failure)
-    return solution_map(_argmin, spec, with_info)
+    return Argmin(spec, with_info)
+
+
+@dataclass(frozen=True)
+class Argmin(SolutionMap):
+    """What `argmin` returns."""
+
+    def solve(self, params, data, x0, tol, adjoint_tol):
+        return _argmin(self.spec, params, data, x0, tol, adjoint_tol)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -312,12 +312,14 @@ def rates(**optimizers) -> optax.GradientTransformation:
     return optax.multi_transform(transforms, {name: name for name in optimizers})
 
 
-DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
+def default_rates() -> optax.GradientTransformation:
+    """Adam with the rate 0.1 of theta and 1e-3 of T."""
+    return rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
 
 
 def _default_method(changing: bool) -> Callable:
     """``oracle -> method``: one that compares values only where they can be compared."""
-    return partial(FirstOrder, optimizer=DEFAULT_RATES) if changing else MAID
+    return partial(FirstOrder, optimizer=default_rates) if changing else MAID
 
 
 def task_adapted(

@@ -227,9 +227,10 @@ def test_cut_files(name, tmp_path):
                 read(tmp_path / name)
 
 
-def test_flipped_bits(tmp_path):
-    """Every byte of an npz matters or does not matter: the content is never wrong without an error."""
-    file = tmp_path / "a.npz"
+@both
+def test_flipped_bits(name, tmp_path):
+    """Every byte of a file matters or does not matter: the content is never wrong without an error."""
+    file = tmp_path / name
     tree = {"w": jnp.arange(4.0), "b": jnp.ones(1, jnp.bfloat16)}
     io.save(file, tree, {"a": 1})
     content = bytearray(file.read_bytes())
@@ -240,6 +241,7 @@ def test_flipped_bits(tmp_path):
         content[place] ^= 0x10
         try:
             params, meta = io.load(file)
+            assert io.read_meta(file) == meta
         except ValueError as error:
             assert str(file) in str(error)
             refused += 1
@@ -247,6 +249,31 @@ def test_flipped_bits(tmp_path):
             assert_same(params, tree)
             assert meta == {"a": 1}
     assert refused > len(content) // 6
+
+
+def test_safetensors_are_sealed(tmp_path):
+    """Metadata are compared without reading the arrays; the same content is the same bytes; others have no seal."""
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "a.safetensors"
+    io.save(file, TREE, {"psnr": 30.5})
+    content = file.read_bytes()
+    io.save(file, TREE, {"psnr": 30.5})
+    assert file.read_bytes() == content
+    file.write_bytes(content.replace(b"30.5", b"31.5"))
+    for read in (io.load, io.read_meta, io.outline):
+        with pytest.raises(ValueError, match="a.safetensors cannot be loaded: its content does not fit its checksum"):
+            read(file)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert io.read_meta(file) == {"psnr": 30.5}
+    with pytest.raises(ValueError, match="does not fit its checksum"):
+        io.load(file)
+    tree = {"kind": "dict", "keys": ["w"], "children": [
+        {"kind": "array", "dtype": "float64", "shape": [3], "name": "w"}
+    ]}  # fmt: skip
+    header = {"format": "jbilevel", "version": 1, "meta": {}, "tree": tree}
+    save_file({"w": np.arange(3.0)}, file, {"jbilevel.json": json.dumps(header)})
+    np.testing.assert_array_equal(io.load(file)[0]["w"], np.arange(3.0))
 
 
 def test_missing_and_foreign_files(tmp_path):

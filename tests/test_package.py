@@ -173,6 +173,7 @@ FOREIGN = {
     "_core/io.py",
     "_core/validate.py",
     "_training/batches.py",
+    "_training/fingerprint.py",
     "nets/__init__.py",
     "nets/adapters.py",
     "operators/tomosipo.py",

@@ -139,12 +139,28 @@ def test_the_best_of_another_run_is_not_taken_up(tmp_path):
         jb.Validation(oracle, jnp.ones(1), every=0)
 
 
+def test_the_best_by_another_judge_is_refused(tmp_path):
+    oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+
+    def run(steps, data=2.0, **settings):
+        best = jb.Validation(oracle, jnp.array([data]), path=tmp_path / "best.npz", **settings)
+        method = jb.FirstOrder(oracle, optax.sgd(0.1))
+        return jb.fit(method, jnp.array(0.0), jnp.array([2.0]), steps=steps, callback=best, checkpoint=tmp_path)
+
+    run(2)
+    with pytest.raises(ValueError, match=r"best.npz was judged by another Validation, .* in the data: .* 2.0 before, "):
+        run(3, data=2.5)
+    with pytest.raises(ValueError, match="in Validation, `tol`: 1e-06 before, 0.001 now; give another"):
+        run(5, tol=1e-3)
+    assert run(7).steps == 7
+
+
 @pytest.mark.slow
 def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     method = jb.FirstOrder(ORACLE, optax.adam(1e-2))
     jb.fit(method, PARAMS, DATA, steps=1, checkpoint=tmp_path)
     _, deeper = network(layers=3)
-    with pytest.raises(ValueError, match=r"`checkpoint` cannot be resumed: .*give another path"):
+    with pytest.raises(ValueError, match=r"is of another run, which differs in the params to start from: leaf"):
         jb.fit(method, deeper, DATA, steps=2, checkpoint=tmp_path)
 
 

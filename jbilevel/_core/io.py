@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core import files
+
 FORMAT = "jbilevel"
 VERSION = 1
 HEADER = "jbilevel.json"  # a file beside the arrays inside the npz; the key of the metadata in safetensors
+SEAL, ARRAYS_SEAL = "crc32", "crc32 of the arrays"  # last entries of the header in safetensors; npz has its own
 LARGEST_HEADER = 16 * 2**20  # bytes; JSON takes twenty times as many in memory
 SCALARS = {"bool": bool, "int": int, "float": float, "complex": complex}
 PLAIN = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
@@ -44,7 +49,7 @@ def save(path, params, meta: dict | None = None) -> None:
     Raises:
       TypeError: a leaf is no number or array (the message names its path), or ``meta`` does not fit into JSON.
       ValueError: ``meta`` and the names in ``params`` are larger than 16 MB; keep numbers in ``params``.
-      FileNotFoundError: the folder does not exist.
+      FileNotFoundError: the folder does not exist. OSError: the disk is full, or the folder may not be written to.
       ImportError: ``.safetensors`` without the package.
 
     >>> import jbilevel as jb, jax.numpy as jnp, tempfile, os
@@ -66,7 +71,7 @@ def save(path, params, meta: dict | None = None) -> None:
     if len(header) > LARGEST_HEADER:
         raise ValueError(f"`meta` and the names in `params` need {len(header)} bytes, more than {LARGEST_HEADER}.")
     write = _write_safetensors if path.suffix == ".safetensors" else _write_npz
-    with _atomic(path) as file:
+    with files.atomic(path) as file:
         write(file, header, arrays)
 
 
@@ -84,7 +89,7 @@ def load(path, like=None) -> tuple[Any, dict]:
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, cut short or not from `save`, or does not fit ``like``: one sentence with the
-        file and the reason. A flipped bit is found in npz (CRC), not in safetensors, which has no checksum.
+        file and the reason. Content is compared with the checksums that `save` wrote.
 
     >>> import jbilevel as jb, jax.numpy as jnp, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "denoiser.npz")
@@ -295,27 +300,6 @@ def _jsonable(value):
 
 
 @contextlib.contextmanager
-def _atomic(path: Path):
-    """A file that takes the place of ``path`` only once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # the new name itself; not every system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextlib.contextmanager
 def blame(path):
     """Whatever goes wrong while a file is taken apart is one ValueError that names the file."""
     if Path(path).exists() and not Path(path).is_file():
@@ -406,7 +390,9 @@ def _safetensors():
 def _write_safetensors(file, header: str, arrays) -> None:
     known = {"bfloat16", *NATIVE.values()}
     stored = {k: a if a.dtype.name in known else np.frombuffer(a.tobytes(), np.uint8) for k, a in arrays.items()}
-    file.write(_safetensors().numpy.save(stored, {HEADER: header}))
+    body = f'{header[:-1]}, "{ARRAYS_SEAL}": "{_checksum(stored)}"}}'
+    sealed = f'{body[:-1]}, "{SEAL}": "{zlib.crc32(body.encode()):08x}"}}'
+    file.write(_safetensors().numpy.save(stored, {HEADER: sealed}))
 
 
 def check_header(file) -> None:
@@ -424,10 +410,28 @@ def _read_safetensors(file, with_arrays: bool):
         text = (opened.metadata() or {}).get(HEADER)
     if len(text or "") > LARGEST_HEADER:
         raise ValueError(f"its header is larger than {LARGEST_HEADER} bytes")
+    seal = re.fullmatch(rf'(.*), "{SEAL}": "([0-9a-f]{{8}})"}}', text or "", re.DOTALL)
+    _compare(seal and seal[2], lambda: f"{zlib.crc32((seal[1] + '}').encode()):08x}")
     if text is None or not with_arrays:
         return text, {}
     arrays = {}
     for name, entry in package.deserialize(file.read()):
         raw = np.frombuffer(entry["data"], NATIVE.get(entry["dtype"], "uint8"))
         arrays[name] = raw.reshape(entry["shape"]) if entry["dtype"] in NATIVE else raw
+    _compare(json.loads(text).get(ARRAYS_SEAL), lambda: _checksum(arrays))
     return text, arrays
+
+
+def _checksum(arrays) -> str:
+    """CRC of the names and bytes of arrays, in the order of their names."""
+    crc = 0
+    for name in sorted(arrays):
+        content = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def _compare(written: str | None, computed: Callable[[], str]) -> None:
+    """Files made elsewhere have no checksum."""
+    if written is not None and written != computed():
+        raise ValueError("its content does not fit its checksum, so it is damaged")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import StepInfo
+from jbilevel._core.results import Status, StepInfo
 from jbilevel._method.base import Method, MethodState
 
 REPORTED = ("value", "grad_norm", "error", "step", "tol", "adjoint_tol")  # fields of StepInfo that may be None
+PARTS = ("value", "gradient", "parameters")  # of a step that have to be finite
+
+
+class Best(NamedTuple):
+    """The parameters at which the least value was seen."""
+
+    params: Any
+    value: float
 
 
 class Run(NamedTuple):
@@ -24,16 +32,28 @@ class Run(NamedTuple):
     work: float
     done: bool
     store: dict[int, tuple]  # warm start of each sample seen: host arrays, one per leaf; never changed in place
+    best: Best | None  # None: no value yet, or none that could be compared
 
     @classmethod
     def at(cls, state: MethodState) -> Run:
-        return cls(state, steps=0, work=0.0, done=False, store={})
+        return cls(state, steps=0, work=0.0, done=False, store={}, best=None)
+
+    def after(self, taken: Taken, store: dict[int, tuple], compared: bool) -> Run:
+        """The run with one more step; ``compared``: whether values of different steps can be, as on a full batch."""
+        return Run(
+            taken.state,
+            steps=self.steps + 1,
+            work=self.work + float(taken.info.work),
+            done=bool(taken.info.done),
+            store=store,
+            best=better(self.best, self.state.params, taken.info) if compared else None,
+        )
 
 
 class Taken(NamedTuple):
     state: MethodState
     info: StepInfo  # on the host
-    finite: bool  # whether the value and the new parameters are
+    broken: str | None  # what is not finite: "value", "gradient" or "parameters"
     seconds: float  # without compilation
 
 
@@ -59,7 +79,9 @@ def _step(method: Method, state: MethodState, batch):
     numbers = info._asdict()
     new, info = strong(new), info._replace(**{name: jnp.nan for name in REPORTED if numbers[name] is None})
     _same_types(state, new)
-    return new, info, trees.all_finite(new.params) & jnp.isfinite(info.value)
+    slope = 0.0 if numbers["grad_norm"] is None else info.grad_norm
+    finite = jnp.isfinite(info.value), jnp.isfinite(slope), trees.all_finite(new.params)
+    return new, info, dict(zip(PARTS, finite, strict=True))
 
 
 class Stepper:
@@ -73,7 +95,8 @@ class Stepper:
         began = time.perf_counter()
         state, *reported = _step(self.method, state, batch)
         info, finite = jax.device_get(reported)
-        return Taken(state, info, bool(finite), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Taken(state, info, next((what for what in PARTS if not finite[what]), None), seconds)
 
     def _compile(self, state, batch) -> None:
         shapes = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
@@ -82,6 +105,14 @@ class Stepper:
             _step.lower(self.method, state, batch).compile()  # kept by JAX for the call itself
             self.compile_seconds += time.perf_counter() - began
             self._compiled.add(shapes)
+
+
+def better(best: Best | None, params, info: StepInfo) -> Best | None:
+    """``best``, or the parameters that a step began with, where their value is less and comes from sound solves."""
+    value = float(info.value)
+    if info.status > Status.PRECISION or (best is not None and best.value <= value):
+        return best
+    return Best(params, value)
 
 
 def strong(tree):

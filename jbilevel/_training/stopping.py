@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 from jbilevel._core.results import Status
-from jbilevel._training.log import History
-from jbilevel._training.stepping import Run
+from jbilevel._training.log import COLUMNS, History
+from jbilevel._training.stepping import Run, Taken
 
 
 class Rules(NamedTuple):
@@ -33,9 +33,20 @@ class Rules(NamedTuple):
         return reason and f"{reason} after {run.steps} steps (work {run.work:.6g})."
 
 
-def failure(step: int, info) -> str:
+def failure(step: int, taken: Taken) -> str:
     """What was not finite after a step, and its worst solve."""
-    value, code = float(info.value), int(info.status)
-    what = "new parameters that are not finite" if math.isfinite(value) else f"the value {value}"
+    value, code = float(taken.info.value), int(taken.info.status)
+    what = {"value": f"the value {value}", "gradient": "a gradient that is not finite"}.get(
+        taken.broken or "", "new parameters that are not finite"
+    )
     cause = f" Worst solve, {Status(code).name}: {Status(code).message}" if code in list(Status) else ""
     return f"Step {step} gave {what}; the state is the one before it.{cause}"
+
+
+def rise(history: History, changing: bool) -> str:
+    """A sentence where the last value is above the first."""
+    values = [row[COLUMNS.index("value")] for row in history.rows]
+    if not values or not values[-1] > values[0]:
+        return ""
+    apart = ", each that of its own batch" if changing else ""
+    return f"But the value rose from {values[0]:.6g} to {values[-1]:.6g}{apart}."

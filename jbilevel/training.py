@@ -34,11 +34,12 @@ class FitStatus(enum.IntEnum):
     'The batches ended before the steps did.'
     """
 
-    FINISHED = 0, "All steps were taken."
-    CONVERGED = 1, "The method cannot improve any further, or a stop rule was met."
+    FINISHED = 0, "All steps were taken, or the budget was spent."
+    CONVERGED = 1, "The gradient was shown to be small where the method cannot improve any further, or a rule was met."
     STOPPED = 2, "The callback asked to stop, or a file could not be written."
     EXHAUSTED = 3, "The batches ended before the steps did."
     INTERRUPTED = 4, "Interrupted by Ctrl-C or SIGTERM; the state is the one after the last finished step."
+    STALLED = 6, "The method cannot go on, and its gradient was not shown to be small."
     FAILED = 5, "A step gave a value, a gradient or parameters that are not finite; the state is the one before it."
 
     message: str
@@ -103,7 +104,7 @@ def fit(
     The step is compiled once per method and batch shape. Full batches keep their warm start in the state. When batches
     change, a batch that is a mapping with integers under ``"index"``, one per sample, has the warm start of each sample
     remembered on the host (of a sample that occurs twice, the last one); a sample not yet seen starts cold, as do all
-    without ``"index"`` and those with a negative one (padding). No sample ever starts from another one.
+    without ``"index"``. No sample ever starts from another one. Padding has the weight 0 under ``"sample_weight"``.
 
     Args:
       method: any `jb.Method`, such as ``jb.MAID(oracle)``.
@@ -245,9 +246,9 @@ def _not_begun(params, cause: str) -> FitResult:
 
 
 def _ended(run: Run, history, rules: stopping.Rules, steps: int) -> tuple[FitStatus, str] | None:
-    reason = rules.met(run, history)
-    if reason is not None:
-        return FitStatus.CONVERGED, reason
+    found = rules.met(run, history)
+    if found is not None:
+        return FitStatus[found[0]], found[1]
     return (FitStatus.FINISHED, f"All {run.steps} steps were taken.") if run.steps >= steps else None
 
 
@@ -287,7 +288,7 @@ class Validation:
         checkpoint, the best value is taken up again from it; a file of a later step than the first one seen is of
         another run, and begins anew.
       params: what is judged, e.g. ``lambda state: state.average.params``.
-      tol: of the lower-level solves.
+      tol: of the lower-level solves; None: relative to the problem, see `jb.Oracle`.
 
     Attributes:
       params, value, step: of the best measurement; None, inf and None before there is one. A value that is NaN is never
@@ -315,7 +316,7 @@ class Validation:
         patience: int | None = None,
         path=None,
         params: Callable[[Any], Any] = lambda state: state.params,
-        tol: float = 1e-6,
+        tol: float | None = None,
     ):
         require_oracle(oracle, "Validation")
         for name, number in (("every", every), ("patience", patience)):

@@ -70,6 +70,7 @@ class Toy(Method):
             work=10,
             status=jnp.where(state.count == self.nan_value_at, Status.NONFINITE, Status.CONVERGED),
             done=state.count == self.done_at,
+            stationary=state.count == self.done_at,
         )
         warm = {"x": x, "owner": owner, "visits": state.warm["visits"] + 1}
         return state_of(params, warm, state.count + 1), info

@@ -18,7 +18,7 @@ from jbilevel._training.log import History
 from jbilevel._training.stepping import Best, Run
 
 KIND = "checkpoint of jbilevel.fit"
-ENTRIES = ("steps", "done", "samples", "warm", "best", "run")  # of the metadata
+ENTRIES = ("steps", "done", "stationary", "samples", "warm", "best", "run")  # of the metadata
 PARAMS = "the params to start from"
 OTHER = "give another path or delete the file"
 
@@ -79,6 +79,7 @@ class Checkpoint:
             "kind": KIND,
             "steps": run.steps,
             "done": run.done,
+            "stationary": run.stationary,
             "samples": len(run.store),
             "warm": [leaf.shape for leaf in warm],
             "best": run.best is not None,
@@ -111,6 +112,7 @@ class Checkpoint:
             steps=meta["steps"],
             work=history.last("work", 0.0),
             done=meta["done"],
+            stationary=meta["stationary"],
             store=dict(zip(content["index"].tolist(), zip(*content["store"], strict=True), strict=True)),
             best=content["best"] and Best(**content["best"]),
         )

@@ -31,12 +31,13 @@ class Run(NamedTuple):
     steps: int
     work: float
     done: bool
+    stationary: bool  # whether a method that is done showed its gradient to be small
     store: dict[int, tuple]  # warm start of each sample seen: host arrays, one per leaf; never changed in place
     best: Best | None  # None: no value yet, or none that could be compared
 
     @classmethod
     def at(cls, state: MethodState) -> Run:
-        return cls(state, steps=0, work=0.0, done=False, store={}, best=None)
+        return cls(state, steps=0, work=0.0, done=False, stationary=False, store={}, best=None)
 
     def after(self, taken: Taken, store: dict[int, tuple], compared: bool) -> Run:
         """The run with one more step; ``compared``: whether values of different steps can be, as on a full batch."""
@@ -45,6 +46,7 @@ class Run(NamedTuple):
             steps=self.steps + 1,
             work=self.work + float(taken.info.work),
             done=bool(taken.info.done),
+            stationary=bool(taken.info.stationary),
             store=store,
             best=better(self.best, self.state.params, taken.info) if compared else None,
         )

@@ -131,9 +131,10 @@ def fit(
       log: CSV file, one line per step, flushed. A resumed run continues it, a new one replaces it.
       progress: a bar on standard error; None: only where that is a terminal.
 
-    Returns `FitResult`. Statuses, not exceptions, are: Ctrl-C and SIGTERM (in the main thread; a user's own handler of
-    SIGTERM is called too, and handlers are as before afterwards); a value, gradient or parameter that is not finite,
-    after which the state is the one that the failing step began with.
+    Returns `FitResult`. Statuses, not exceptions, are: Ctrl-C and SIGTERM (in the main thread; a step that has
+    begun and its callback are finished first, unless a second one comes; a user's own handler of SIGTERM is called too,
+    and handlers are as before afterwards); a value, gradient or parameter that is not finite, after which the state is
+    the one that the failing step began with.
 
     Raises:
       ValueError: a checkpoint of another run, or damaged; no batch at all; batches that change under a method that
@@ -156,7 +157,7 @@ def fit(
             given = source(batches)
             _check_batches(method, given)
             file = Checkpoint(checkpoint, method, given, checkpoint_every, resume)
-            begun = file.open(params)
+            begun = file.open(params, interruption.check)
         if begun is None:
             return _not_begun(params, interruption.cause)
         run, history = begun
@@ -167,8 +168,11 @@ def fit(
         ended = FitStatus.INTERRUPTED, ""  # unless it ends in another way
         try:
             with interruption.ends():
-                later = given.since(run.steps)
-                while (reason := _ended(run, history, rules, steps)) is None:
+                interruption.check()
+                later, reason = given.since(run.steps), None
+                if run.steps and isinstance(callback, Validation) and callback.resume(run.steps - 1, run.state):
+                    reason = _stopped(run)
+                while (reason := reason or _ended(run, history, rules, steps)) is None:
                     interruption.check()
                     batch = next(later, END)
                     if batch is END:
@@ -176,19 +180,19 @@ def fit(
                         break
                     batch = as_arrays(batch, "batch")
                     state, index = warm_store.restart(method, run, batch) if given.changing else (run.state, None)
-                    taken = take(state, batch)
+                    taken = take(state, batch, interruption.check)
                     if taken.broken:
                         reason = FitStatus.FAILED, stopping.failure(run.steps, taken)
                         break
                     store = warm_store.remember(run.store, index, taken.state.warm)
                     following = run.after(taken, store, compared=not given.changing)
                     history.record(run.steps, taken, following.work)
+                    interruption.wait()  # all that belongs to a finished step is done before the run ends
                     run = following
                     shown.show(run, history)
                     file.save_if_due(run, history)
                     if callback is not None and callback(run.steps - 1, run.state, taken.info):
-                        reason = FitStatus.STOPPED, f"The callback asked to stop after {run.steps} steps."
-                        break
+                        reason = _stopped(run)
                 ended = reason
         except files.WriteError as error:
             stopped = FitStatus.STOPPED, f"Stopped after {run.steps} of {steps} steps: {error.strerror}"
@@ -252,6 +256,10 @@ def _ended(run: Run, history, rules: stopping.Rules, steps: int) -> tuple[FitSta
     return (FitStatus.FINISHED, f"All {run.steps} steps were taken.") if run.steps >= steps else None
 
 
+def _stopped(run: Run) -> tuple[FitStatus, str]:
+    return FitStatus.STOPPED, f"The callback asked to stop after {run.steps} steps."
+
+
 def _check_arguments(method, steps, checkpoint_every, resume) -> None:
     if not isinstance(method, Method):
         what = method.__name__ if isinstance(method, type) else type(method).__name__
@@ -285,8 +293,8 @@ class Validation:
       every: steps between two measurements.
       patience: stop after this many measurements in a row without a new best one; None: never.
       path: file for the best parameters (see `jb.save`), written at each measurement. Where `fit` resumes from a
-        checkpoint, the best value is taken up again from it; a file of a later step than the first one seen is of
-        another run, and begins anew.
+        checkpoint, the best value is taken up again from it. A file that has another value for the first step seen is
+        of another run, and begins anew.
       params: what is judged, e.g. ``lambda state: state.average.params``.
       tol: of the lower-level solves; None: relative to the problem, see `jb.Oracle`.
 
@@ -336,13 +344,27 @@ class Validation:
         if (step + 1) % self.every:
             return False
         params = self._choose(state)
-        if not self._seen:
-            self._resume(step, params)
         value = float(self.oracle.value(params, self.batch, tol=self.tol).value)
+        if not self._seen:
+            self._take_up(step, value, params)
         self.history.append((step, value))
         if value < self.value:
             self.params, self.value, self.step = params, value, step
         self._write()
+        return self._at_its_end()
+
+    def resume(self, step: int, state) -> bool:
+        """Go on with ``path`` where a run goes on after ``step``, which is measured if a killed process did not."""
+        if any(at == step for at, _ in self.history):
+            return self._at_its_end()
+        if (meta := self._meta()) is not None:
+            self._require_same_judge(meta.get("judged by"))
+        if (step + 1) % self.every == 0:
+            return self(step, state, None)
+        self._take_up(step + 1, None, self._choose(state))
+        return False
+
+    def _at_its_end(self) -> bool:
         since = len([s for s, _ in self.history if s > (-1 if self.step is None else self.step)])
         return self.patience is not None and since >= self.patience
 
@@ -352,18 +374,29 @@ class Validation:
             meta = {"kind": BEST, "value": self.value, "step": self.step, "history": np.array(self.history)}
             io.save(self.path, self.params, meta | {"judged by": self._judge()})
 
-    def _resume(self, step: int, like) -> None:
-        self._seen = True
+    def _meta(self) -> dict[str, Any] | None:
+        """What the file says of itself; None where there is none."""
         if self.path is None or not self.path.exists():
-            return
+            return None
         meta = io.read_meta(self.path)
         if meta.get("kind") != BEST:
             raise ValueError(f"`path` {self.path} holds something else than the best parameters; give another path.")
-        if meta["step"] < step:
-            self._require_same_judge(meta.get("judged by"))
-            self.params, _ = io.load(self.path, like)
-            self.value, self.step = meta["value"], meta["step"]
-            self.history = [(int(s), v) for s, v in meta["history"] if s < step]
+        return meta
+
+    def _take_up(self, step: int, value: float | None, like) -> None:
+        """What the file knows of the steps before ``step``, whose ``value`` tells whether the file is of this run."""
+        meta, self._seen = self._meta(), value is not None
+        if self.path is None or meta is None:
+            return
+        known = {int(at): seen for at, seen in meta["history"]}
+        other = value is None or not np.array_equal(known.get(step, math.inf), value, equal_nan=True)
+        if max(known) >= step and other:
+            return
+        self._require_same_judge(meta.get("judged by"))
+        self._seen = True
+        self.params, _ = io.load(self.path, like)
+        self.value, self.step = meta["value"], meta["step"]  # maybe of a later step, which is seen again
+        self.history = [(at, seen) for at, seen in known.items() if at < step]
 
     def _judge(self) -> dict[str, Any]:
         if self._judged_by is None:

@@ -42,6 +42,7 @@ SCRIPTS = (
     "sparse",
     "learned_reconstruction",
     "exports",
+    "interruptions",
     "ridge",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",
@@ -56,7 +57,7 @@ SCRIPTS = (
 )
 # measured in double precision
 DOUBLE = {
-    "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse",
+    "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "interruptions",
     "papers/villacis_2025_regression",
 }  # fmt: skip
 QUICK = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from test_fit import FULL, PARAMS, Toy, assert_same_run, mini
 
 import jbilevel as jb
 from jbilevel._core import files, io
+from jbilevel._training.interruption import JAX
 from jbilevel.training import FitStatus, fit
 
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
@@ -84,7 +86,7 @@ def test_before_a_resumed_run_goes_on_its_file_stays(number, tmp_path):
 @each_signal
 @pytest.mark.parametrize("every", [1, 100])
 def test_a_signal_while_the_file_is_written(number, every, tmp_path, monkeypatch):
-    """In the loop the write is given up and done again, at the end it is finished."""
+    """It is finished, in the loop and at the end."""
     sync, seen = os.fsync, []
 
     def spy(file):
@@ -98,6 +100,23 @@ def test_a_signal_while_the_file_is_written(number, every, tmp_path, monkeypatch
     assert seen and result.status is FitStatus.INTERRUPTED and result.steps == (1 if every == 1 else 3)
     assert os.listdir(tmp_path) == ["checkpoint.npz"]
     assert_same_run(fit(Toy(), PARAMS, mini, steps=5, checkpoint=tmp_path), fit(Toy(), PARAMS, mini, steps=5))
+
+
+@each_signal
+def test_inside_jax_it_waits_for_the_step_and_a_second_one_does_not(number):
+    """An exception out of JAX's compiler ends the process with a fault at its exit."""
+    space = {"come": partial(signal.raise_signal, number)}  # in C: the frame is that of the function below
+    exec(compile("def compiler(times):\n    for _ in range(times):\n        come()", JAX + "x.py", "exec"), space)
+    finished = []
+
+    def callback(step, state, info, times):
+        space["compiler"](times)
+        finished.append(times)
+
+    for times in (1, 2):
+        result = fit(Toy(), PARAMS, FULL, steps=9, callback=partial(callback, times=times))
+        assert result.status is FitStatus.INTERRUPTED and result.steps == 1
+    assert finished == [1]
 
 
 @each_signal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ class Checkpoint:
         self.method, self.source, self.every, self.resume, self.written = method, source, every, resume, 0
         self.origin: dict[str, Any] = {}  # what makes this run the run it is
 
-    def open(self, params) -> tuple[Run, History]:
-        """The run as the file has it, or one that begins at ``params``."""
+    def open(self, params, check: Callable[[], None]) -> tuple[Run, History]:
+        """The run as the file has it, or one that begins at ``params``; ``check`` may raise while it is compiled."""
         if self.file is not None:
             files.remove_leftovers(self.file)
             self.origin = {
@@ -51,7 +52,9 @@ class Checkpoint:
                 self.written = run.steps
                 return run, history
             self.require_writable()
-        return Run.at(stepping.init(self.method, params, self.source.first)), History()
+        start = self.method, params, self.source.first
+        stepping.compile_apart(stepping.init, *start, check=check)
+        return Run.at(stepping.init(*start)), History()
 
     def require_writable(self) -> None:
         """OSError before the first step, instead of after it."""
@@ -102,8 +105,9 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {OTHER}.") from error
         history, state = History(content["history"]), content["state"]
-        if self.resume != "force" and self.origin["params"] != fingerprint.leaves(state.params):
-            self._refuse(fingerprint.between_leaves(meta["run"]["params"], self.origin["params"], PARAMS))
+        other = list(fingerprint.between_leaves(meta["run"]["params"], self.origin["params"], PARAMS))
+        if self.resume != "force" and other and self.origin["params"] != fingerprint.leaves(state.params):
+            self._refuse(other)
         if self.source.changing:
             warm = jax.tree.unflatten(jax.tree.structure(template.warm), content["warm"])
             state = replace(state, warm=warm)

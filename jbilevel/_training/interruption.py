@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import jax
+
+JAX = os.path.dirname(jax.__file__) + os.sep
+
 
 class Interruption:
     """While it is entered, in the main thread, SIGINT and SIGTERM leave what stands under `ends`.
 
     A user's own handler of SIGTERM is called too, and a SIGTERM that is ignored stays so; of SIGINT only Python's own
-    handler is replaced. What comes outside of `ends`, while files are written, is kept in mind. Then all is as before.
+    handler is replaced. What comes outside of `ends` is kept in mind. What comes after `wait`, and while JAX traces,
+    compiles or computes, waits for the next `check`: an exception out of JAX loses a step that is all but done, and may
+    end the process with a fault at its exit. A second interruption does not wait. Afterwards all is as before.
 
     Attributes:
       came: whether an interruption came. cause: which signal it was, in words.
     """
 
     def __init__(self):
-        self.came, self.cause, self._inside = False, "", False
+        self.came, self.cause, self._inside, self._waits = False, "", False, False
         self._before: dict[int, Any] = {}
         self._late: list[int] = []
 
@@ -41,14 +48,18 @@ class Interruption:
             signal.raise_signal(number)
 
     def ends(self) -> _Ends:
-        """A ``with`` block that is left, without an exception, when an interruption comes after its first `check`."""
+        """A ``with`` block that is left, without an exception, by an interruption after its first `check`."""
         return _Ends(self)
 
     def check(self) -> None:
-        """Leave the `ends` block now if an interruption came, from here on as soon as one comes."""
-        self._inside = True
+        """Leave the `ends` block now if an interruption came, and from here on when one comes."""
+        self._inside, self._waits = True, False
         if self.came:
             raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """Finish what follows before an interruption is heeded."""
+        self._waits = True
 
     def leave(self, error: BaseException | None) -> bool:
         """Whether ``error`` is the interruption, or what a library made of it."""
@@ -57,14 +68,14 @@ class Interruption:
         return self.came and isinstance(error, (KeyboardInterrupt, Exception))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.came, self.cause = True, f" by {signal.Signals(number).name}"
+        again, self.came, self.cause = self.came, True, f" by {signal.Signals(number).name}"
         own = self._before[number]
         if callable(own) and own is not signal.default_int_handler:
             if not self._inside:
                 self._late.append(number)
                 return
             own(number, frame)
-        if self._inside:
+        if self._inside and (again or not (self._waits or _in_jax(frame))):
             raise KeyboardInterrupt
 
 
@@ -78,6 +89,10 @@ class _Ends:
 
     def __exit__(self, kind, error, traceback) -> bool:
         return self.interruption.leave(error)
+
+
+def _in_jax(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_code.co_filename.startswith(JAX)
 
 
 def _is_replaced(number: int, handler: Callable | int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,27 +87,33 @@ def _step(method: Method, state: MethodState, batch):
     return new, info, dict(zip(PARTS, finite, strict=True))
 
 
+def compile_apart(function, *arguments, check: Callable[[], None]) -> None:
+    """Compile a jitted function, which JAX keeps for the call itself; ``check`` may raise between trace and code."""
+    lowered = function.lower(*arguments)
+    check()
+    lowered.compile()
+    check()
+
+
 class Stepper:
     """The steps of one method; what compiling them took is kept apart."""
 
     def __init__(self, method: Method):
         self.method, self.compile_seconds, self._compiled = method, 0.0, set()
 
-    def __call__(self, state: MethodState, batch) -> Taken:
-        self._compile(state, batch)
+    def __call__(self, state: MethodState, batch, check: Callable[[], None] = lambda: None) -> Taken:
+        """One step; ``check`` may raise where it is interrupted while it is compiled."""
+        shapes = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
+        if shapes not in self._compiled:
+            began = time.perf_counter()
+            compile_apart(_step, self.method, state, batch, check=check)
+            self.compile_seconds += time.perf_counter() - began
+            self._compiled.add(shapes)
         began = time.perf_counter()
         state, *reported = _step(self.method, state, batch)
         info, finite = jax.device_get(reported)
         seconds = time.perf_counter() - began
         return Taken(state, info, next((what for what in PARTS if not finite[what]), None), seconds)
-
-    def _compile(self, state, batch) -> None:
-        shapes = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
-        if shapes not in self._compiled:
-            began = time.perf_counter()
-            _step.lower(self.method, state, batch).compile()  # kept by JAX for the call itself
-            self.compile_seconds += time.perf_counter() - began
-            self._compiled.add(shapes)
 
 
 def better(best: Best | None, params, info: StepInfo) -> Best | None:

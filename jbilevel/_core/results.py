@@ -35,6 +35,7 @@ class Status(enum.IntEnum):
     SMOOTHNESS = 7
     CONVEXITY = 9
     ADJOINT = 10
+    PROX = 11
 
     @property
     def message(self) -> str:
@@ -75,6 +76,10 @@ _MESSAGES = {
     Status.ADJOINT: (
         "`transpose` is not the transpose of `linear`: <K x, y> and <x, K* y> differ; mend it, leave it out for that "
         "of JAX, or say `exact_adjoint=False`, and nothing is proven."
+    ),
+    Status.PROX: (
+        "`prox_primal` or `prox_dual` is no proximal map, <p - q, v - w> < ||p - q||^2 for its values p, q at v, w; "
+        "`problem.verify(params, data)` says which."
     ),
 }
 

@@ -53,8 +53,8 @@ class Oracle(AdjointOracle):
         order in the tolerances; ``error`` then estimates what remains.
       estimate: compute ``error`` (by the same Newton step) when correct is False; otherwise it is inf.
       error_steps: CG steps in each of the two systems of that Newton step.
-      linear_solver: of the adjoint system: `solvers.CG` (strongly convex), or `solvers.MINRES` for energies whose
-        Hessian may be indefinite.
+      linear_solver: of the adjoint system: `solvers.CG` (strongly convex; with a ``preconditioner`` if there is a good
+        one), or `solvers.MINRES` for energies whose Hessian may be indefinite.
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
 
@@ -150,10 +150,11 @@ def _hessian_solve(spec: Spec, params, data, x, rhs, bound):
 @partial(jax.jit, static_argnums=0)  # without jit, an eager gradient would compile the loop at every call
 @full_float32
 def _hessian_solve_jitted(spec: Spec, params, data, x, rhs, bound):
-    product, lower = spec.view(params, data).linearize(x)[2], spec.lower
+    view, lower = spec.view(params, data), spec.lower
+    product, solver = view.linearize(x)[2], lower.linear_solver.at(view, x)
 
     def solve(product, b):
-        q, info = lower.linear_solver.solve(product, b, None, tol=bound.of(b), max_steps=lower.max_products)
+        q, info = solver.solve(product, b, None, tol=bound.of(b), max_steps=lower.max_products)
         # NaN belongs to the solve itself: outside, it would be part of a map to be transposed
         return guard(q, info, spec.on_failure, ADJOINT), info
 

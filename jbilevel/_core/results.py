@@ -33,6 +33,7 @@ class Status(enum.IntEnum):
     NONFINITE = 5
     NORM_BOUND = 6
     SMOOTHNESS = 7
+    PRECONDITIONER = 8
     CONVEXITY = 9
     ADJOINT = 10
     PROX = 11
@@ -68,6 +69,10 @@ _MESSAGES = {
     Status.SMOOTHNESS: (
         "The gradient changed faster than `smoothness` says, so the steps are too long; pass a true bound on the "
         "Hessian's norm, or `smoothness=None`."
+    ),
+    Status.PRECONDITIONER: (
+        "The preconditioner M is not positive definite, <r, M r> <= 0 for a residual r; pass one that is, or "
+        "`linear_solver=jb.solvers.CG()`."
     ),
     Status.CONVEXITY: (
         "The energy curves less than `strong_convexity` says, so no error bound holds; pass a modulus that is smaller, "

@@ -49,6 +49,7 @@ class SmoothView(View):
     value: Callable
     constants: Constants
     reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
+    inputs: tuple | None = None  # (params, data), for preconditioners
 
     def single(self, x):
         """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""

@@ -128,6 +128,9 @@ def test_the_default_solver_finds_the_solution_and_tells_how_far_it_is(name):
     assert away <= 1e-9
     again, warm = jb.solve(problem, kind.params, data, x, tol=1e-3)
     assert warm.steps == 0 and warm.status == jb.Status.CONVERGED
+    unasked, info = jb.solve(problem, kind.params, data)
+    jb.check(info, strict=True)
+    assert 0 < np.linalg.norm(picture(problem, unasked) - exact) <= 1e-4
 
 
 @EACH

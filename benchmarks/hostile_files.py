@@ -315,6 +315,11 @@ def folder_in_place(path):
     path.mkdir()
 
 
+def pipe_in_place(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def loop_in_place(path):
     path.unlink()
     path.symlink_to(path.name)
@@ -479,6 +484,7 @@ HOSTILE = (
     Hostile("10^5 digits", "LoDoPaB csv", text(b"9" * 100_000 + b"\n")),
     # what stands where a file should be
     *(Hostile("a folder", name, folder_in_place) for name in PLACES),
+    *(Hostile("a pipe", name, pipe_in_place) for name in PLACES),
     *(Hostile("a link to itself", name, loop_in_place) for name in PLACES),
     *(Hostile("a link to nothing", name, dangling_in_place) for name in PLACES),
 )  # fmt: skip

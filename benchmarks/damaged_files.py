@@ -12,6 +12,7 @@ died or had to be killed, and what was done besides reading (processes, sockets,
 
 from __future__ import annotations
 
+import importlib.metadata
 import multiprocessing
 import os
 import resource
@@ -33,6 +34,7 @@ NAME, PAGE = Path(__file__).stem, "reliability"  # whose file of rows all benchm
 SLOW, LARGE = 5.0, 1 << 30  # seconds of processor time, bytes
 KILL = 60.0  # seconds by the clock, on a machine that others use too
 ROOM = 4 << 30  # address space beyond what the process begins with
+PACKAGES = ("pillow", "pydicom", "pylibjpeg-openjpeg", "nibabel", "h5py", "safetensors")  # that read as well
 TYPED = (ValueError, FileNotFoundError, ImportError)
 WRONG = ("file not named", "other error", "slow", "over 1 GB", "died", "killed", "did more than read")
 NUMBERS = (0, 1, -1, 2**7, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 10**9)
@@ -204,9 +206,11 @@ def count(answers) -> dict:
 
 
 def measure(args, recorder) -> None:
+    settings = {"packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
+
     def report(row, answers):
         figures = count(answers)
-        recorder.add({"row": row}, figures)
+        recorder.add({"row": row}, figures, settings)
         recorder.write()
         print(f"{row}: {figures}", flush=True)
 
@@ -232,7 +236,8 @@ def render(rows) -> str:
     ]  # fmt: skip
     total = ["all", *(sum(line[k] for line in body) for k in range(1, 4 + len(kinds))), "", ""]
     absent = [kind for kind in WRONG if kind not in kinds]
-    words = f"Not seen once: {', '.join(absent)}.\n\n" if absent else ""
+    words = f"Not seen once: {', '.join(absent)}.\n" if absent else ""
+    words += f"With {', '.join(' '.join(item) for item in rows[0]['settings']['packages'].items())}.\n\n"
     return words + common.table(["", "files", "read", "refused by name", *kinds, "s", "GB"], [*body, total])
 
 

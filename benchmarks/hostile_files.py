@@ -151,6 +151,21 @@ def patched(place, value):
     return content(lambda old: old[:place] + value + old[place + len(value) :])
 
 
+def jpeg_of_scans(n):
+    """A progressive JPEG whose last scan is repeated: each goes once more over all pixels."""
+
+    def make(_):
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.new("L", (5000, 5000)).save(file, "JPEG", progressive=True)
+        whole = file.getvalue()
+        start = whole.rindex(b"\xff\xc4", 0, whole.rindex(b"\xff\xda"))
+        return whole[:-2] + whole[start:-2] * n + whole[-2:]
+
+    return content(make)
+
+
 def jpeg_of(width, height):
     def make(old):
         start = next(old.index(bytes([0xFF, kind])) for kind in (0xC0, 0xC2) if bytes([0xFF, kind]) in old)
@@ -227,6 +242,26 @@ def code_stream(place, value):
     return content(make)
 
 
+def precincts(_):
+    """A picture cut into a million parts, for which a decoder takes memory one by one."""
+    import pydicom
+
+    values = pydicom.dcmread(io.BytesIO(sound.dicom_bytes("JPEG 2000")))
+    stream = bytearray(pydicom.encaps.get_frame(values.PixelData, 0, number_of_frames=1))
+    values.Rows = values.Columns = 2048
+    stream[8:16] = stream[24:32] = struct.pack(">2I", 2048, 2048)
+    place = stream.index(b"\xff\x52")
+    (size,) = struct.unpack(">H", stream[place + 2 : place + 4])
+    parts = b"\x22" * (stream[place + 9] + 1)
+    stream[place + 2 : place + 5] = struct.pack(">HB", size + len(parts), stream[place + 4] | 1)
+    end = place + 2 + size
+    stream[end:end] = parts
+    values.PixelData = pydicom.encaps.encapsulate([bytes(stream)])
+    file = io.BytesIO()
+    values.save_as(file)
+    return file.getvalue()
+
+
 def jpeg_in_dicom(_):
     whole = sound.dicom_bytes("JPEG")
     start = whole.index(b"\xff\xc0") + 5
@@ -266,14 +301,14 @@ def nifti(shape=None, kind=None, bits=None, offset=None, body=b"", unpacked=0):
     return content(make)
 
 
-def hdf5(shape, chunks=None, dtype=np.float32, written=None, **options):
+def hdf5(shape, chunks=None, dtype=np.float32, written=None, mask=0, **options):
     def write(path):
         import h5py
 
         with h5py.File(path, "w") as file:
             array = file.create_dataset("data", shape, dtype, chunks=chunks, **options)
             for place, raw in written or ():
-                array.id.write_direct_chunk(place, raw)
+                array.id.write_direct_chunk(place, raw, mask)
 
     return write
 
@@ -313,6 +348,11 @@ def idx(*shape):
 def folder_in_place(path):
     path.unlink()
     path.mkdir()
+
+
+def pipe_in_place(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 def loop_in_place(path):
@@ -388,6 +428,7 @@ HOSTILE = (
             png(8, 8, 8, 0, zeros(8, 8), [(b"zTXt", b"x\0\0" + sound.packed(b"", 256))])),
     Hostile("labels of 50 megapixels", "labels png", png(10_000, 5_000, 8, 0, zeros(5_000, 10_000))),
     Hostile("65500 x 65500", "picture a.jpg", jpeg_of(65500, 65500)),
+    Hostile("10,000 scans", "picture a.jpg", jpeg_of_scans(10_000)),
     Hostile("7000 x 7000", "picture a.jpg", jpeg_of(7000, 7000)),
     Hostile("2^31 x 2^31", "picture a.tif", tiff_of(2**31 - 1, 2**31 - 1)),
     Hostile("7000 x 7000", "picture a.tif", tiff_of(7000, 7000)),
@@ -438,6 +479,7 @@ HOSTILE = (
     Hostile("code stream of 60000 x 60000", "DICOM JPEG 2000", code_stream(8, struct.pack(">2I", 60000, 60000))),
     Hostile("code stream of 16384 components", "DICOM JPEG 2000", code_stream(40, struct.pack(">H", 16384))),
     Hostile("code stream of 1 x 1 tiles", "DICOM JPEG 2000", code_stream(24, struct.pack(">2I", 1, 1))),
+    Hostile("code stream of a million parts", "DICOM JPEG 2000", content(precincts)),
     Hostile("code stream of 38 bits", "DICOM JPEG 2000", code_stream(42, bytes([37]))),
     Hostile("JPEG of 60000 x 60000", "DICOM JPEG", content(jpeg_in_dicom)),
     Hostile("100 sequences in each other", "DICOM raw", sequences(100)),
@@ -461,6 +503,8 @@ HOSTILE = (
             compression="gzip", written=[((0, 0, 0), sound.packed(bytes(484_352), 381))])),
     Hostile("chunk that unpacks to 2 GB", "LoDoPaB hdf5 packed", hdf5((3, 20, 11), (3, 20, 11),
             compression="gzip", written=[((0, 0, 0), sound.packed(b"", 2048))])),
+    Hostile("chunk that unpacks to 2 GB, not shuffled", "LoDoPaB hdf5 packed", hdf5((3, 20, 11), (3, 20, 11),
+            compression="gzip", shuffle=True, mask=1, written=[((0, 0, 0), sound.packed(b"", 2048))])),
     Hostile("no values", "LoDoPaB hdf5", hdf5((3, 16, 16))),
     *(Hostile(kind, "LoDoPaB hdf5", linked(kind)) for kind in LINKS),
     # idx, lists
@@ -479,6 +523,7 @@ HOSTILE = (
     Hostile("10^5 digits", "LoDoPaB csv", text(b"9" * 100_000 + b"\n")),
     # what stands where a file should be
     *(Hostile("a folder", name, folder_in_place) for name in PLACES),
+    *(Hostile("a pipe", name, pipe_in_place) for name in PLACES),
     *(Hostile("a link to itself", name, loop_in_place) for name in PLACES),
     *(Hostile("a link to nothing", name, dangling_in_place) for name in PLACES),
 )  # fmt: skip

@@ -317,12 +317,13 @@ def test_more_slices_than_a_file_can_have_are_refused(scans, shape, chunks, mess
         lodopab(scans)
 
 
-def test_a_chunk_that_unpacks_to_more_than_its_shape_is_not_unpacked(scans):
+@pytest.mark.parametrize("shuffle, mask", [(False, 0), (True, 0), (True, 1)])  # the mask leaves out a filter
+def test_a_chunk_that_unpacks_to_more_than_its_shape_is_not_unpacked(scans, shuffle, mask):
     """HDF5 would unpack all of it, and a thousand times as much as the file has."""
     path = scans / "observation_train_000.hdf5"
     with h5py.File(path, "w") as file:
-        data = file.create_dataset("data", (3, 4, 3), np.float32, chunks=(3, 4, 3), compression="gzip")
-        data.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(300_000_000), 1))
+        data = file.create_dataset("data", (3, 4, 3), "f4", chunks=(3, 4, 3), compression="gzip", shuffle=shuffle)
+        data.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(300_000_000), 1), mask)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"observation_train_000\.hdf5 has a chunk that unpacks to more"):
         lodopab(scans)[0]
@@ -344,6 +345,18 @@ def test_large_chunks_that_are_what_they_should_be_are_read(scans, options):
 def test_packings_of_which_nothing_is_known_are_refused(scans, options):
     write(scans / "observation_train_000.hdf5", SCANS[:3], chunks=(1, 4, 3), **options)
     with pytest.raises(ValueError, match="packed in another way than by deflate"):
+        lodopab(scans)
+
+
+def test_values_beyond_the_end_are_not_zeros(scans):
+    """HDF5 would fill them in, where the file says that it is longer."""
+    path = scans / "ground_truth_train_000.hdf5"
+    with h5py.File(path) as file:
+        place = file["data"].id.get_offset()
+    content = path.read_bytes()
+    layout = content.index(struct.pack("<2Q", place, SLICES[:3].nbytes))  # where the values are, and how many bytes
+    path.write_bytes(content[:layout] + (len(content) - 8).to_bytes(8, "little") + content[layout + 8 :])
+    with pytest.raises(ValueError, match=r"ground_truth_train_000\.hdf5 (does not hold all|is damaged)"):
         lodopab(scans)
 
 

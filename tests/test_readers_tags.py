@@ -173,6 +173,18 @@ def test_labels_of_few_bits_are_not_stretched(tmp_path, bits):
 # --- size
 
 
+def test_a_jpeg_is_not_decoded_again_and_again(tmp_path):
+    """Each scan goes over all pixels, and takes twenty bytes."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(BITS8).save(path, progressive=True, quality=100)
+    np.testing.assert_allclose(grey(path), BITS8 / 255, atol=0.02)
+    content = path.read_bytes()
+    start = content.rindex(b"\xff\xc4", 0, content.rindex(b"\xff\xda"))
+    path.write_bytes(content[:-2] + content[start:-2] * 100 + content[-2:])
+    with pytest.raises(ValueError, match=r"a\.jpg has more than 100 scans"):
+        grey(path)
+
+
 def test_a_large_picture_does_not_take_more_than_it_must(tmp_path):
     """In blocks: the pixels and the image in single precision, never a whole one in double precision."""
     Image.fromarray(np.zeros((2000, 1500, 3), np.uint8)).save(tmp_path / "a.png")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import Unusable, is_entry, missing_file, named, optional_package
+from .pictures import check_scans
 from .samples import Samples, check_limit
 from .stacks import leaning
 
@@ -156,7 +157,7 @@ class _Header(NamedTuple):
         return np.reshape(self.orientation, (2, 3))
 
 
-def dicom_series(root, *, limit: int | None = None, max_pixels: int = 4096 * 4096) -> list[CTSeries]:
+def dicom_series(root, *, limit: int | None = None, max_pixels: int = 2048 * 2048) -> list[CTSeries]:
     """The CT series in the DICOM files under a folder, by patient and series; pixels are read when they are asked for.
 
     Files that end in dcm, dicom or ima, whatever the case, must be DICOM; of other files those that begin like DICOM
@@ -355,6 +356,7 @@ def _jpeg_2000_size(frame):
 
 def _jpeg_size(frame):
     """From the start of the frame, which is the first segment but for tables and comments."""
+    check_scans(frame)
     place = 2
     while frame[:2] == b"\xff\xd8" and place + 10 <= len(frame) and frame[place] == 0xFF:
         kind, length, _, height, width, components = struct.unpack(">xBHBHHB", frame[place : place + 10])

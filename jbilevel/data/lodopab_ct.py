@@ -146,7 +146,8 @@ def _complete(data):
 
 def _check_chunks(data, k):
     """HDF5 unpacks a deflated chunk to wherever it ends, whatever its size should be: refuse one that is longer."""
-    if not data.chunks or _DEFLATE not in _filters(data):
+    filters = _filters(data)
+    if not data.chunks or _DEFLATE not in filters:
         return
     size = math.prod(data.chunks) * data.dtype.itemsize + 8  # and a checksum
     depth, *sides = data.chunks
@@ -155,8 +156,9 @@ def _check_chunks(data, k):
         start = (k - k % depth, *(i * side for i, side in zip(place, sides, strict=True)))
         if data.id.get_chunk_info_by_coord(start).size <= _HARMLESS:
             continue
-        mask, content = data.id.read_direct_chunk(start)
-        if not mask and len(zlib.decompressobj().decompress(content, size + 1)) > size:
+        left_out, content = data.id.read_direct_chunk(start)
+        deflated = not left_out >> filters.index(_DEFLATE) & 1
+        if deflated and len(zlib.decompressobj().decompress(content, size + 1)) > size:
             raise Unusable(f"has a chunk that unpacks to more than its shape {data.chunks}.")
 
 

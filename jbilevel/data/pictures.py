@@ -16,6 +16,7 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _KIND = f"picture ({', '.join(_FORMATS)})"
 _LUMA = np.array([0.299, 0.587, 0.114])
 _BLOCK = 1 << 18  # pixels that are converted at once
+_SCANS = 100
 # Tags of TIFF, and what they may say:
 _BITS, _PHOTOMETRIC, _LARGEST, _SAMPLE_FORMAT = 258, 262, 281, 339
 _WHITE_IS_ZERO, _UNSIGNED, _FLOAT = 0, 1, 3
@@ -79,7 +80,15 @@ def _decoded(path, max_pixels, decode):
                     f"is {picture.width} x {picture.height} pixels, more than `max_pixels`={max_pixels}: "
                     "raise the limit if you trust the file."
                 )
+            if picture.format == "JPEG":
+                check_scans(path.read_bytes())
             return decode(picture)
+
+
+def check_scans(content: bytes) -> None:
+    """Refuse a JPEG that is to be decoded again and again: its scans refine what others have made of all pixels."""
+    if content.count(b"\xff\xda") > _SCANS:
+        raise Unusable(f"has more than {_SCANS} scans, of which a JPEG needs a dozen.")
 
 
 def _numbers(picture):

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong: damaged files, hostile ones.
+"""What happens when something goes wrong: damaged files, hostile ones, scans that miss lines.
 
 The page of several scripts, each of which writes its rows to the same file: ``benchmark`` of a row is
 "reliability: SCRIPT", and benchmarks/SCRIPT.py renders its own.

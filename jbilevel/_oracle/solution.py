@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class SolutionMap:
         x, info = self.solve(params, data, jax.lax.stop_gradient(x0), tol, adjoint_tol)
         return (x, jax.lax.stop_gradient(info)) if self.with_info else x
 
-    def solve(self, params, data, x0, tol, adjoint_tol):
+    def solve(self, params, data, x0, tol, adjoint_tol) -> Any:
         """(x, info), differentiable in params and data; here once, in reverse mode."""
         return once(self.spec, params, data, x0, tol, adjoint_tol)
 

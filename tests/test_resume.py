@@ -1,5 +1,7 @@
 """Which run a checkpoint belongs to: what is refused, by which words, and what is not another run."""
 
+import argparse
+import fractions
 import functools
 import json
 import os
@@ -373,7 +375,48 @@ def test_what_is_read_and_compared_is_no_counter():
         return jnp.sum(x) if 0 < low < 1 < table["high"] else x
 
     node = fingerprint.describe(loss)
-    assert node["low"] == "0.25" and node["table"] == {"['high']": "0.5"}
+    assert node["low"] == "0.25" and node["table['high']"] == "0.5"
+
+
+def test_of_settings_only_what_is_read_counts():
+    """A table of settings holds the number of steps too."""
+
+    def described(steps, weight):
+        options = argparse.Namespace(steps=steps, weight=weight, model=types.SimpleNamespace(width=weight, seed=steps))
+        table = {"steps": steps, "weight": weight, "nested": {"a": weight, "b": steps}}
+
+        def loss(p, x, d):
+            inner = lambda: table["weight"] + table["nested"]["a"]  # noqa: E731
+            return options.weight * jnp.sum(x) + options.model.width + inner()
+
+        return fingerprint.describe(loss)
+
+    assert described(10, 0.5) == described(20, 0.5)
+    found = {str(d) for d in fingerprint.between(described(10, 0.5), described(10, 0.75), "the loss", True)}
+    names = ("options.weight", "options.model.width", "table['weight']", "table['nested']['a']")
+    assert found == {f"the loss, `{name}`: 0.5 before, 0.75 now" for name in names}
+
+
+def test_whole_settings_count_where_they_are_passed_on():
+    def described(weight):
+        table = {"weight": weight}
+        return fingerprint.describe(lambda p, x, d: [table[name] for name in table])
+
+    assert described(0.5)["table"] == {"['weight']": "0.5"}
+
+
+def test_other_numbers_and_wrapped_functions_count():
+    @functools.lru_cache
+    def third():
+        return one_third
+
+    class Slotted:
+        __slots__ = "weight"
+
+    one_third, slotted = fractions.Fraction(1, 3), Slotted()
+    slotted.weight = 2.5
+    node = fingerprint.describe(lambda p, x, d: third() + slotted.__sizeof__())
+    assert node["third"]["__wrapped__"]["one_third"] == "Fraction(1, 3)" and node["slotted"]["weight"] == "2.5"
 
 
 def test_recursion_and_strange_things_are_described():

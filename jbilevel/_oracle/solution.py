@@ -73,7 +73,7 @@ class SolutionMap:
             say_if_unsolved("tol", tol, info)
         return (x, jax.lax.stop_gradient(info)) if self.with_info else x
 
-    def solve(self, params, data, x0, tol, bound: Bound):
+    def solve(self, params, data, x0, tol, bound: Bound) -> Any:
         """(x, info), differentiable in params and data; here once, in reverse mode."""
         return once(self.spec, params, data, x0, tol, bound)
 

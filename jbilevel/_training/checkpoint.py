@@ -132,7 +132,8 @@ class Checkpoint:
             found.append(fingerprint.Difference("`batches`", before["batches"], now["batches"]))
         data = "the data of the first batch" if self.source.changing else "the data"
         found += fingerprint.between_leaves(before["data"], now["data"], data)
-        found += fingerprint.between_leaves(*map(fingerprint.shapes, (before["params"], now["params"])), PARAMS)
+        shapes, wanted = fingerprint.shapes(before["params"]), fingerprint.shapes(now["params"])
+        found += fingerprint.between_leaves(shapes, wanted, PARAMS)
         self._refuse(difference for difference in found if not difference.code_only)
         texts = [f"the code of {difference.what} has changed" for difference in found]
         texts += [f"{name} was {old}, now is {new}" for name, (old, new) in versions.items() if old != new]

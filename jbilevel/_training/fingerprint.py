@@ -18,6 +18,8 @@ import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from numbers import Number
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,7 @@ NOUNS = {
     "optimizer": "the optimiser",
 }
 CONSTRUCTION = ("__init__", "__post_init__", "__setstate__")
+NAMESPACES = ("Namespace", "SimpleNamespace")
 JITTED = type(jax.jit(len))
 FEW = 4  # entries of an array that is shown by its values
 LONG = 200  # characters of a text; a longer one is shown by its digest
@@ -105,9 +108,9 @@ class _Walk:
         if isinstance(thing, JITTED):
             return self.node(vars(thing)["__wrapped__"])
         if isinstance(thing, Mapping):
-            return self._nodes(sorted((f"[{_key(key)}]", value) for key, value in thing.items()))
-        if isinstance(thing, tuple) and type(thing) is not tuple and {"_fields"} <= vars(type(thing)).keys():
-            return self._nodes(thing._asdict().items())
+            return self._nodes(sorted(((f"[{_key(key)}]", value) for key, value in thing.items()), key=itemgetter(0)))
+        if isinstance(thing, tuple) and "_fields" in vars(type(thing)):
+            return self._nodes(zip(vars(type(thing))["_fields"], thing, strict=True))
         if isinstance(thing, (tuple, list, deque)):
             if len(thing) > FEW and all(isinstance(value, (int, float, complex)) for value in thing):
                 return f"{type(thing).__name__} of {len(thing)} numbers{VALUES}{_digest(repr(thing).encode())}"
@@ -122,9 +125,8 @@ class _Walk:
             closed = self._nodes(functions.closure(function))
             return {FUNCTION: function.__qualname__} | closed if closed else function.__qualname__
         found, text = functions.reading(code), functions.text_of(code)
-        read = (*functions.closure(function), *functions.defaults(function), *functions.read_globals(function, found))
         node = {FUNCTION: function.__name__, CODE: text.code, NUMBERS: text.numbers, USES: " ".join(sorted(found.uses))}
-        return node | self._nodes((name, value) for name, value in read if name not in found.state)
+        return node | self._nodes(functions.constants(function, found))
 
     def _object(self, thing) -> Node:
         """An instance: the fields of a dataclass that it is compared by, the attributes of another one."""
@@ -134,10 +136,10 @@ class _Walk:
         if is_dataclass(thing):
             told = self._nodes((f.name, getattr(thing, f.name, None)) for f in fields(thing) if f.compare)
         elif not library:
-            changing = self._changing(cls)
+            changing = _changing(cls)
             told = self._nodes(pair for pair in _attributes(thing, "__") if pair[0] not in changing)
-        elif cls.__module__ in sys.stdlib_module_names and cls is not types.SimpleNamespace:
-            told = {}
+        elif cls.__module__ in sys.stdlib_module_names and cls.__name__ not in NAMESPACES:
+            told = self._nodes(_attributes(thing, ""))
         else:
             is_node = not jax.tree_util.all_leaves([thing])
             told = leaves(thing) if is_node else self._nodes(_attributes(thing, "_"))
@@ -163,19 +165,6 @@ class _Walk:
             if constant or isinstance(member, (types.FunctionType, functools.partial)):
                 told[name] = self.node(member)
         return {TYPE: _name(cls)} | told
-
-    @staticmethod
-    def _changing(cls: type) -> set[str]:
-        """The attributes that methods write to: counters and caches."""
-        found: set[str] = set()
-        for ancestor in cls.__mro__:
-            for name, member in vars(ancestor).items():
-                if isinstance(member, functools.cached_property):
-                    found.add(name)
-                function = _unbound(member)
-                if isinstance(function, types.FunctionType) and name not in CONSTRUCTION:
-                    found |= functions.reading(function.__code__).written
-        return found
 
 
 class Difference(NamedTuple):
@@ -227,8 +216,8 @@ class _Comparison:
             if name in a and name in b:
                 yield from self.of(a[name], b[name], (*path, name), a.get(TYPE))
             elif FUNCTION not in a or a.get(CODE) == b.get(CODE):  # other code reads other things: said already
-                sides = (_word(side[name]) if name in side else "absent" for side in (a, b))
-                yield Difference(self._words((*path, name), a.get(TYPE)), *sides)
+                before, after = (_word(side[name]) if name in side else "absent" for side in (a, b))
+                yield Difference(self._words((*path, name), a.get(TYPE)), before, after)
 
     def _of_functions(self, a, b, path, owner) -> Iterator[Difference]:
         where = self._words(path, owner)
@@ -271,9 +260,11 @@ def _cut(text: str) -> str:
 
 def _plain(thing) -> str | None:
     """Things that are shown by their value."""
+    if isinstance(thing, np.generic):
+        return None
     if isinstance(thing, enum.Enum):
         return f"{type(thing).__name__}.{thing.name}"
-    if thing is None or isinstance(thing, (bool, int, float, complex, np.dtype, range, slice, types.EllipsisType)):
+    if thing is None or isinstance(thing, (Number, np.dtype, range, slice, types.EllipsisType, itemgetter)):
         return repr(thing)
     if isinstance(thing, bytes):
         return f"{len(thing)} bytes{VALUES}{_digest(thing)}"
@@ -329,11 +320,26 @@ def _name(cls: type) -> str:
 
 def _attributes(thing, hidden: str) -> list[tuple[str, Any]]:
     """Those whose name does not begin with ``hidden``, and the function behind a decorator."""
-    try:
-        found = vars(thing)
-    except TypeError:  # written in C
-        return []
+    slots = [name for cls in type(thing).__mro__ for name in _names(vars(cls).get("__slots__", ()))]
+    found = {name: getattr(thing, name, None) for name in slots} | getattr(thing, "__dict__", {})
     return [(name, found[name]) for name in sorted(found) if not name.startswith(hidden) or name == "__wrapped__"]
+
+
+def _names(slots) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _changing(cls: type) -> set[str]:
+    """The attributes that methods write to: counters and caches."""
+    found: set[str] = set()
+    for ancestor in cls.__mro__:
+        for name, member in vars(ancestor).items():
+            if isinstance(member, functools.cached_property):
+                found.add(name)
+            function = _unbound(member)
+            if isinstance(function, types.FunctionType) and name not in CONSTRUCTION:
+                found |= functions.reading(function.__code__).written
+    return found
 
 
 def _digested(node: dict[str, Any]) -> Node:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dis
 import hashlib
-import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -22,10 +21,28 @@ MUTATORS = {
 }  # fmt: skip
 
 
+class Access(NamedTuple):
+    """One step from a thing to a part of it: an attribute, or an item under a constant key."""
+
+    key: Any
+    is_item: bool
+
+    def of(self, thing) -> tuple[Any, ...]:
+        """(the part,), empty where there is none that stands there for itself, such as a method."""
+        if self.is_item:
+            known = isinstance(thing, Mapping) and self.key in thing
+            return (thing[self.key],) if known else ()
+        attributes = thing.__dict__ if isinstance(thing, ModuleType) or type(thing).__dictoffset__ else {}
+        return (attributes[self.key],) if self.key in attributes else ()
+
+    def __str__(self) -> str:
+        return f"[{self.key!r}]" if self.is_item else f".{self.key}"
+
+
 class Reading(NamedTuple):
     """What code does with names that are not its own."""
 
-    globals: dict[str, set[tuple[str, ...]]]  # each global with the chains of attributes that are read of it
+    names: dict[str, set[tuple[Access, ...]]]  # globals and free variables, with what is read of each
     state: set[str]  # names of what is written to: counters and caches, which are no constants
     written: set[str]  # the same for attributes
     uses: set[str]  # every global and attribute that is named
@@ -70,9 +87,8 @@ def reading(code: CodeType) -> Reading:
                 names = found.state if step.opname in BY_NAME else found.written
                 if _is_changed([after.opname for after in steps[i + 1 : i + 4]]) or _is_mutator(steps[i + 1 : i + 2]):
                     names.add(step.argval)
-                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                    chain = tuple(s.argval for s in itertools.takewhile(_is_attribute, steps[i + 1 :]))
-                    found.globals.setdefault(step.argval, set()).add(chain)
+                if step.opname in BY_NAME:
+                    found.names.setdefault(step.argval, set()).add(_accesses(steps[i + 1 :]))
     return found
 
 
@@ -80,7 +96,7 @@ def text_of(code: CodeType) -> Text:
     words, numbers = [], []
     for part in _with_inner(code):
         for step in _instructions(part):
-            if step.opcode in dis.hasconst or step.opname == "LOAD_SMALL_INT":
+            if _is_constant(step):
                 numbers += _numbers(step.argval)
                 words.append(f"const {_masked(step.argval)}")
             else:
@@ -88,6 +104,20 @@ def text_of(code: CodeType) -> Text:
                 words.append(f"{step.opname} {step.argval if named else step.arg}")
     digest = hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
     return Text(digest, ", ".join(numbers))
+
+
+def constants(function: FunctionType, found: Reading) -> Iterator[tuple[str, Any]]:
+    """(its name, the value) of all that a function reads from outside: closure, defaults, globals.
+
+    Of a module, a namespace or a mapping of settings only the entries that are read (``settings.scale``) count.
+    """
+    names = dict(closure(function))
+    names |= {name: function.__globals__[name] for name in sorted(found.names.keys() & function.__globals__.keys())
+              if name not in names}  # fmt: skip
+    for name, value in names.items():
+        if name not in found.state:
+            yield from _parts(name, value, found.names.get(name, {()}))
+    yield from _defaults(function)
 
 
 def closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -98,35 +128,50 @@ def closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
     code, values = function.__code__, function.__defaults__ or ()
     positional = code.co_varnames[: code.co_argcount]
     yield from zip(positional[len(positional) - len(values) :], values, strict=True)
     yield from (function.__kwdefaults__ or {}).items()
 
 
-def read_globals(function: FunctionType, found: Reading) -> Iterator[tuple[str, Any]]:
-    """The globals that a function reads, and those of the user's modules (``settings.SCALE``) under a dotted name."""
-    for name in sorted(found.globals.keys() & function.__globals__.keys() - found.state):
-        value = function.__globals__[name]
-        if not isinstance(value, ModuleType):
-            yield name, value
-            continue
-        for chain in sorted(found.globals[name]):
-            if (member := _member(value, chain)) is not None:
-                yield f"{name}.{'.'.join(chain[: len(member[0])])}", member[1]
+def _parts(name: str, value, chains: set[tuple[Access, ...]]) -> Iterator[tuple[str, Any]]:
+    """A value whole, or, where only named entries of it are read, these."""
+    is_module = isinstance(value, ModuleType)
+    if is_module and in_library(vars(value).get("__file__")):
+        return
+    first = {chain[:1] for chain in chains}
+    parts = {access: access.of(value) for chain in first for access in chain}
+    if not is_module and (() in first or not all(parts.values())):
+        yield name, value
+        return
+    for access in sorted(parts, key=str):
+        rest = {chain[1:] for chain in chains if chain[:1] == (access,)}
+        for part in parts[access]:
+            yield from _parts(f"{name}{access}", part, rest)
 
 
-def _member(module: ModuleType, chain: tuple[str, ...]) -> tuple[tuple[str, ...], Any] | None:
-    """(the chain up to it, what stands there) of the first member that is no module; None inside libraries."""
-    for length, name in enumerate(chain, 1):
-        if in_library(vars(module).get("__file__")) or name not in vars(module):
-            return None
-        value = vars(module)[name]
-        if not isinstance(value, ModuleType):
-            return chain[:length], value
-        module = value
-    return None
+def _accesses(steps: list[dis.Instruction]) -> tuple[Access, ...]:
+    """What is read of a thing that was loaded just before."""
+    found: list[Access] = []
+    while steps:
+        if _is_attribute(steps[0]):
+            found.append(Access(steps[0].argval, is_item=False))
+            steps = steps[1:]
+        elif len(steps) > 1 and _is_constant(steps[0]) and _is_subscript(steps[1]):
+            found.append(Access(steps[0].argval, is_item=True))
+            steps = steps[2:]
+        else:
+            break
+    return tuple(found)
+
+
+def _is_constant(step: dis.Instruction) -> bool:
+    return step.opcode in dis.hasconst or step.opname == "LOAD_SMALL_INT"
+
+
+def _is_subscript(step: dis.Instruction) -> bool:
+    return step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]")
 
 
 def _is_attribute(step: dis.Instruction) -> bool:

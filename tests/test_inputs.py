@@ -8,6 +8,7 @@ import pytest
 
 import jbilevel as jb
 from jbilevel import Status
+from jbilevel._core.recompilation import note_compilation
 
 A = np.array([1.0, 2.0, 3.0, 4.0])
 
@@ -355,3 +356,13 @@ def test_a_function_made_anew_at_every_step_is_named():
 
             jb.solve(jb.SmoothProblem(made_anew, start, strong_convexity=1.0), 1.0, A, tol=1e-3)
     assert len(seen) == 1
+
+
+def test_equal_lines_of_several_files_are_not_one_function():
+    kept = []
+    for k in range(8):
+        scope = {}
+        exec(compile("def energy(x): return x", f"file{k}.py", "exec"), scope)
+        kept.append(scope["energy"])
+        note_compilation(scope["energy"])  # a warning would be an error
+    assert len({function.__code__ for function in kept}) == 1

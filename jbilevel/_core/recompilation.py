@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 
 FEW = 5  # functions from the same lines that pass without a word
 
-made: dict[CodeType, weakref.WeakSet] = {}
+made: dict[tuple[str, CodeType], weakref.WeakSet] = {}
 
 
 def note_compilation(*things) -> None:
@@ -22,13 +22,13 @@ def note_compilation(*things) -> None:
     """
     often = []
     for function in _functions(things):
-        versions = made.setdefault(function.__code__, weakref.WeakSet())
+        code = function.__code__
+        # equal lines of two files have equal codes
+        versions = made.setdefault((code.co_filename, code), weakref.WeakSet())
         before = len(versions)
         versions.add(function)
         if before < FEW == len(versions):
-            often.append(
-                f"`{function.__qualname__}` (line {function.__code__.co_firstlineno} of {function.__module__})"
-            )
+            often.append(f"`{function.__qualname__}` (line {code.co_firstlineno} of {function.__module__})")
     if often:
         warnings.warn(
             f"{', '.join(often)} was made anew and compiled {FEW} times, and every program is kept; make it once, "

@@ -7,14 +7,13 @@ oracle (implicit, unrolled, ...) supplies what is done for one sample; this file
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jbilevel._core import brief, trees
 from jbilevel._core.contracts import Contract
@@ -22,7 +21,7 @@ from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
-from jbilevel._oracle.batches import Axes, Split, in_chunks, over_samples
+from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining
 from jbilevel._views.base import Problem
@@ -30,7 +29,6 @@ from jbilevel.solvers import require_tolerance
 from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
-WEIGHTS = "sample_weight"  # entry of a batch
 
 
 class Scales(NamedTuple):
@@ -165,7 +163,7 @@ class Oracle(Contract, abstract="jb.Oracle"):
     def init(self, params, batch):
         """Cold warm start of every sample: fixed structure and shapes, so passing it never recompiles."""
         # before jit, whose own message would not say what to do
-        params, batch = _inputs(params, batch)
+        params, batch = inputs(params, batch)
         return _init(self, params, batch)
 
     @own_settings
@@ -227,9 +225,9 @@ class Oracle(Contract, abstract="jb.Oracle"):
 
         What needs concrete values is checked here, before anything is traced.
         """
-        params, batch = _inputs(params, batch)
+        params, batch = inputs(params, batch)
         self.check(params)
-        weight = _weights(batch, sample_weight)
+        weight = weights(batch, sample_weight)
         warm = self.init(params, batch) if warm is None else warm
         if not isinstance(warm, Warm):
             raise TypeError(f"`warm` must come from init or from a previous result, got {type(warm).__name__}.")
@@ -314,34 +312,6 @@ def _products(oracle):
     return jax.default_matmul_precision(oracle.matmul_precision or jax.config.jax_default_matmul_precision)
 
 
-def _inputs(params, batch):
-    params, batch = arrays(params, "params"), arrays(batch, "batch")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not trees.is_inexact(leaf):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, which has no gradient; move it "
-                "into the data or use jb.partition."
-            )
-    return params, batch
-
-
-def _weights(batch, sample_weight):
-    """The weights of the samples, from the argument or from the batch; None: uniform."""
-    inside = batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
-    if sample_weight is None:
-        sample_weight = inside
-    elif inside is not None:
-        raise ValueError(f"weights are given twice: leave out `sample_weight` or the entry {WEIGHTS!r} of the batch.")
-    if sample_weight is None or isinstance(sample_weight, jax.core.Tracer):
-        return sample_weight
-    weight = np.asarray(arrays(sample_weight, WEIGHTS))
-    if weight.dtype.kind not in "biuf" or not np.all(np.isfinite(weight) & (weight >= 0)):
-        raise ValueError(f"`{WEIGHTS}` must hold finite nonnegative numbers.")
-    if not np.any(weight > 0):
-        raise ValueError(f"`{WEIGHTS}` is zero for every sample, so there is no mean; give one a positive weight.")
-    return np.ldexp(weight, -np.frexp(np.max(weight))[1])  # exact, and neither a cast nor their sum overflows
-
-
 def _finite_mean(sizes):
     """Mean without samples that are NaN, which no accuracy is meant for."""
     finite = jnp.isfinite(sizes)
@@ -373,7 +343,7 @@ def _prepare(oracle, params, batch, warm, sample_weight):
     if weight.shape != (split.count,):
         raise ValueError(f"`sample_weight` must have shape ({split.count},), got {weight.shape}.")
     usable_weights = jnp.all(jnp.isfinite(weight) & (weight >= 0))
-    if jnp.issubdtype(weight.dtype, jnp.floating):  # traced ones, as in `_weights`
+    if jnp.issubdtype(weight.dtype, jnp.floating):  # traced ones, as in `weights`
         weight = jnp.ldexp(weight, -jnp.frexp(jnp.max(weight))[1])
     # weights that say nothing (traced and negative, infinite, or all zero) make every mean NaN
     weight = jnp.where(usable_weights, weight, jnp.nan).astype(dtype)

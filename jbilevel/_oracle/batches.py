@@ -1,14 +1,19 @@
-"""How a batch is taken apart: sample axes, shared leaves, chunks."""
+"""How a batch is checked and taken apart: sample axes, shared leaves, weights, chunks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jbilevel._core import brief
+from jbilevel._core import brief, trees
+from jbilevel._core.validate import arrays
+
+WEIGHTS = "sample_weight"  # entry of a batch
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,35 @@ class Axes:
 
     def tree(self):
         return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+def inputs(params, batch):
+    """Both as arrays that a compiled function takes; params are refused where they have no gradient."""
+    params, batch = arrays(params, "params"), arrays(batch, "batch")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not trees.is_inexact(leaf):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, which has no gradient; move it "
+                "into the data or use jb.partition."
+            )
+    return params, batch
+
+
+def weights(batch, sample_weight):
+    """The weights of the samples, from the argument or from the batch; None: uniform."""
+    inside = batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
+    if sample_weight is None:
+        sample_weight = inside
+    elif inside is not None:
+        raise ValueError(f"weights are given twice: leave out `sample_weight` or the entry {WEIGHTS!r} of the batch.")
+    if sample_weight is None or isinstance(sample_weight, jax.core.Tracer):
+        return sample_weight
+    weight = np.asarray(arrays(sample_weight, WEIGHTS))
+    if weight.dtype.kind not in "biuf" or not np.all(np.isfinite(weight) & (weight >= 0)):
+        raise ValueError(f"`{WEIGHTS}` must hold finite nonnegative numbers.")
+    if not np.any(weight > 0):
+        raise ValueError(f"`{WEIGHTS}` is zero for every sample, so there is no mean; give one a positive weight.")
+    return np.ldexp(weight, -np.frexp(np.max(weight))[1])  # exact, and neither a cast nor their sum overflows
 
 
 class Split(NamedTuple):

@@ -38,8 +38,9 @@ class View(Contract, abstract="jb.View"):
         """``x -> whether the energy is seen to curve down at x``, which is no minimum then; None: nobody looks."""
         return None
 
-    def contradiction(self, start, end) -> Any:
-        """The `Status` of a constant that two iterates, with their gradients, disprove; RUNNING where none is."""
+    def contradiction(self, start, end, least_curvature) -> Any:
+        """The `Status` of a constant that two iterates, with their gradients, and the smallest curvature that was seen
+        disprove; RUNNING where none is."""
         return RUNNING
 
     def single(self, x) -> View | None:

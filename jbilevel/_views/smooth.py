@@ -101,7 +101,7 @@ class SmoothView(View):
         noise = NOISE * trees.eps(x) * trees.norm(direction) * trees.norm(image)
         return trees.dot(direction, image) < -noise
 
-    def contradiction(self, start, end):
+    def contradiction(self, start, end, least_curvature):
         """mu ||change of x||^2 <= <change of gradient, change of x>, and no curvature met is larger than L."""
         mu, smoothness = self.constants.strong_convexity, self.constants.smoothness
         status = jnp.full((), RUNNING, jnp.int32)
@@ -113,6 +113,8 @@ class SmoothView(View):
             steepness = trees.norm(change) + end.curvature * (trees.norm(end.x) + trees.norm(start.x))
             noise = NOISE * trees.eps(end.x) * (steepness + mu * jnp.sqrt(squared)) * jnp.sqrt(squared)
             wrong = trees.dot(change, move) < (1 - EXCESS) * mu * squared - noise
+            eps = trees.eps(end.x) if self.single(end.x) is None else jnp.finfo(jnp.float32).eps
+            wrong = wrong | (least_curvature < (1 - EXCESS) * mu - NOISE * eps * end.curvature)
             status = jnp.where(wrong, Status.CONVEXITY, status)
         return status
 

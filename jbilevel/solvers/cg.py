@@ -12,6 +12,8 @@ from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 from jbilevel.prox import same_output
 
 PATIENCE = 50
+TRUSTED = 10  # steps in which <p, p> by recurrence is good to many digits
+EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
 
 
 class CGState(NamedTuple):
@@ -25,6 +27,7 @@ class CGState(NamedTuple):
     dd: Any  # <d, d>
     start_norm: Any  # ||x0||
     curvature: Any  # largest p'Hp/p'p met
+    least_curvature: Any  # smallest one of the first steps, which disproves a larger modulus of convexity
     steps: Any
     best: Any  # rr when it last fell by 2 per cent
     stalled: Any  # steps since then
@@ -54,6 +57,7 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False, inverse
         dd=none,
         start_norm=start_norm,
         curvature=none,
+        least_curvature=never,
         steps=zero,
         best=never,
         stalled=zero,
@@ -111,7 +115,7 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
         # a NaN product is NONFINITE, not a direction of negative curvature
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
         rr = jnp.where(jnp.isnan(php), jnp.nan, rr)
-        curvature = jnp.maximum(s.curvature, php / s.pp)
+        quotient = php / s.pp
         following = s._replace(
             x=x,
             residual=r,
@@ -120,7 +124,9 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
             pp=pp,
             dp=dp,
             dd=dd,
-            curvature=curvature,
+            curvature=jnp.maximum(s.curvature, quotient),
+            # later ones suffer from the recurrences
+            least_curvature=jnp.where(s.steps < TRUSTED, jnp.minimum(s.least_curvature, quotient), s.least_curvature),
             steps=s.steps + 1,
             status=status,
             rz=rz,
@@ -133,7 +139,13 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
 
 
-def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None) -> tuple[Any, SolveInfo]:
+def disproves(state: CGState, modulus):
+    """Whether a Rayleigh quotient that was met lies below a modulus of convexity, by more than rounding."""
+    noise = 64 * trees.eps(state.x) * state.curvature
+    return state.least_curvature < (1 - EXCESS) * modulus - noise
+
+
+def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None, modulus=None) -> tuple[Any, SolveInfo]:
     """Solve ``H x = b`` for a symmetric positive definite H given by its product, to ``||b - H x||_2 <= tol``.
 
     Args:
@@ -142,11 +154,13 @@ def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None) -> tuple[Any, 
       tol: absolute, may be traced. max_steps: may be traced.
       inverse: ``r -> M r`` on pytrees like b, a symmetric positive definite preconditioner M close to H^-1; None: the
         identity. What is stopped on and reported is the residual itself, not that of the preconditioned system.
+      modulus: a lower bound on the eigenvalues of H that is to be watched; None: none.
 
     Returns:
       (x, info): info.residual is recomputed as ``||b - H x||``, not taken from the recurrence; info.error is inf
       (divide the residual by mu where it is known). INDEFINITE when a direction of nonpositive curvature was met,
-      PRECONDITIONER when <r, M r> was not positive; x is then the last iterate before.
+      PRECONDITIONER when <r, M r> was not positive; x is then the last iterate before. CONVEXITY when a Rayleigh
+      quotient was below ``modulus``.
 
     Raises:
       ValueError, TypeError: M r does not have the structure and the shapes, or the dtypes, of r.
@@ -160,7 +174,11 @@ def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None) -> tuple[Any, 
         same_output(jax.eval_shape(inverse, b), b, "a preconditioner")
     start = trees.zeros_like(b) if x0 is None else trees.cast_like(x0, b)
     last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None, inverse=inverse)
-    return last.x, finish(product, b, last.x, last.status, last.steps, tol, products=last.steps + (x0 is not None))
+    info = finish(product, b, last.x, last.status, last.steps, tol, products=last.steps + (x0 is not None))
+    if modulus is None:
+        return last.x, info
+    wrong = disproves(last, modulus) & (info.status <= Status.MAX_STEPS)
+    return last.x, info._replace(status=jnp.where(wrong, Status.CONVEXITY, info.status).astype(jnp.int32))
 
 
 def finish(product, b, x, status, steps, tol, *, products) -> SolveInfo:

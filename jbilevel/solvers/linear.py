@@ -59,12 +59,13 @@ class CG(LinearSolver):
         return self.preconditioner is None
 
     def at(self, view, x):
+        modulus = view.constants.strong_convexity
         if self.preconditioner is None:
-            return self
+            return _PreparedCG(None, modulus)
         if view.inputs is None:
             raise TypeError("a preconditioner needs jb.SmoothView(..., inputs=(params, data)) from `Problem.view`.")
         (params, data), x = jax.lax.stop_gradient((view.inputs, x))
-        return _PreparedCG(self.preconditioner.inverse(params, x, data))
+        return _PreparedCG(self.preconditioner.inverse(params, x, data), modulus)
 
     def solve(self, product, b, q, *, tol, max_steps):
         if self.preconditioner is not None:
@@ -74,10 +75,11 @@ class CG(LinearSolver):
 
 @dataclass(frozen=True)
 class _PreparedCG(LinearSolver):
-    inverse: Callable
+    inverse: Callable | None
+    modulus: Any
 
     def solve(self, product, b, q, *, tol, max_steps):
-        return cg(product, b, q, tol=tol, max_steps=max_steps, inverse=self.inverse)
+        return cg(product, b, q, tol=tol, max_steps=max_steps, inverse=self.inverse, modulus=self.modulus)
 
 
 @dataclass(frozen=True)

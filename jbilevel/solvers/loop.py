@@ -137,7 +137,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
     info = SolveInfo(
-        status=_contradicted(view, first, last, target),
+        status=_contradicted(solver, view, first, last, target),
         steps=last.steps,
         residual=state.residual,
         error=view.error_bound(state.residual),
@@ -146,9 +146,9 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     return Solution(state.x, state.gradient, info, state)
 
 
-def _contradicted(view, first: _Progress, last: _Progress, target):
+def _contradicted(solver: Solver, view, first: _Progress, last: _Progress, target):
     """The status, unless what was seen on the way contradicts what the problem says, or that this is a minimum."""
-    wrong = view.contradiction(first.state, last.state)
+    wrong = view.contradiction(first.state, last.state, solver.least_curvature(last.state))
     # steps that were too long end at infinity
     explained = (last.status <= Status.MAX_STEPS) | (last.status == Status.NONFINITE)
     status = jnp.where(explained & (wrong != RUNNING), wrong, last.status)

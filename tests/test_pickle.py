@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -84,6 +85,10 @@ def test_solutions_as_functions(make):
         return jax.grad(lambda p, d: jnp.sum(jax.tree.leaves(solution(p, d, tol=1e-6)[0])[0]), (0, 1))(THETA, DATA[0])
 
     jax.tree.map(np.testing.assert_array_equal, gradient(theirs), gradient(solution))
+
+
+def test_weights_given_as_the_exponential_are_the_default_ones():
+    assert sent(replace(SPARSE, weights=jnp.exp)) == SPARSE
 
 
 METHODS = {

@@ -82,6 +82,8 @@ class WeightedL1Problem(Problem):
             if not 0 <= value < math.inf or (name == "smoothness" and value == 0):
                 what = "nonnegative" if name == "strong_convexity" else "positive"
                 raise ValueError(f"WeightedL1Problem `{name}` must be {what}, got {value}; use None when unknown.")
+        if self.weights is jnp.exp:  # which reads one array, and cannot be pickled
+            object.__setattr__(self, "weights", exponential)
         if self.groups is not None and not isinstance(self.groups, int):
             raise TypeError(f"WeightedL1Problem `groups` must be an axis of x or None, got {self.groups!r}.")
         require_hashable(self)

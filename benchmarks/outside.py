@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
@@ -264,7 +263,8 @@ CASES = (
          lambda: ended(jb.MAID(_lower(), step_size=1e6), 1.0, data=np.full(1, 2.0, np.float32)),
          "test_statuses.py::test_stuck_is_not_converged"),
     Case("MAID, NaN gradient with a finite value", "CONVERGED after 62 evaluations", "FAILED",
-         lambda: ended(jb.MAID(jb.explicit.Oracle(kinked)), 0.5), "test_statuses.py::test_a_gradient_that_is_not_finite"),
+         lambda: ended(jb.MAID(jb.explicit.Oracle(kinked)), 0.5),
+         "test_statuses.py::test_a_gradient_that_is_not_finite"),
     Case("MAID, gradient exactly 0", "60 refinements (work 1,013)", "CONVERGED at once",
          lambda: ended(jb.MAID(_lower()), 1.5, data=np.full(1, 2.0, np.float32)),
          "test_statuses.py::test_a_zero_gradient_ends_at_once"),

@@ -1,8 +1,8 @@
 """Writes docs/results.md from all files benchmarks/results/*.jsonl; numbers on that page are never typed by hand.
 
-The rows of NAME.jsonl are rendered by ``render(rows)`` of benchmarks/NAME.py or benchmarks/papers/NAME.py, which gets
-those of one device at a time and returns markdown; ``figures(rows, folder)``, where the module has it, draws first. The
-first paragraph of its docstring introduces the section, ``TITLE`` names it.
+The rows of benchmark NAME are rendered by ``render(rows)`` of benchmarks/NAME.py or benchmarks/papers/NAME.py, which
+gets those of one device at a time and returns markdown; ``figures(rows, folder)``, where the module has it, draws
+first. The first paragraph of its docstring introduces the section, ``TITLE`` names it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with an author repeat what that source shows; [Sources](papers.md) has the refer
 
 
 def find_module(name: str) -> ModuleType | None:
-    """The script that wrote NAME.jsonl, or None."""
+    """The script that measured NAME, or None."""
     for folder in ("", "papers"):
         if (common.ROOT / "benchmarks" / folder / f"{name}.py").is_file():
             return importlib.import_module(".".join(filter(None, ["benchmarks", folder, name])))
@@ -103,11 +103,13 @@ def plain_table(rows: Sequence[dict]) -> str:
 
 def build(results: Path, figures: Path | None) -> str:
     """The whole page; ``figures`` is where figures are drawn, None to leave them as they are."""
-    files = {path.stem: path for path in results.glob("*.jsonl")}
+    found: dict[str, list[dict]] = {}
+    for path in sorted(results.glob("*.jsonl")):
+        for row in common.read_rows(path):
+            found.setdefault(row["benchmark"].split(":")[0], []).append(row)  # of which a file may hold several
     papers = {path.stem for path in (common.ROOT / "benchmarks" / "papers").glob("*.py")}
-    others = sorted(set(files) - set(FIRST), key=lambda name: (name in papers, name))
-    measured = {name: common.read_rows(files[name]) for name in (*FIRST, *others) if name in files}
-    measured = {name: rows for name, rows in measured.items() if rows}
+    others = sorted(set(found) - set(FIRST), key=lambda name: (name in papers, name))
+    measured = {name: found[name] for name in (*FIRST, *others) if name in found}
     contents = "\n".join(f"- [{title(name)}](#{name})" for name in measured)
     return "\n".join([HEAD, contents, "", *(section(name, rows, figures) for name, rows in measured.items())])
 

@@ -117,10 +117,17 @@ def minimise(
         status = FitStatus.INTERRUPTED
     if run.stopped:
         status = FitStatus.STOPPED
+    if state is not None and state.flag != state.EXIT_SUCCESS:
+        status = FitStatus.STALLED
     history = {name: np.asarray([row[name] for row in run.rows]) for name in ("value", "tol", "work", "seconds")}
-    message = {FitStatus.FINISHED: "The budget was spent."}.get(status, status.message)
+    told = {FitStatus.FINISHED: "The budget was spent."}
+    if state is not None:
+        told |= dict.fromkeys((FitStatus.CONVERGED, FitStatus.STALLED), f"DFO-LS: {state.msg}.")
+    message = told.get(status, status.message)
+    found = run.assemble(start if run.best is None else run.best)
     return FitResult(
-        params=run.assemble(start if run.best is None else run.best),
+        params=found,
+        best=found,
         state=state,
         history=history,
         status=status,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jbilevel._core import brief
+from jbilevel._core.optimizers import Optimizer, WithOptimizer
 from jbilevel._core.results import StepInfo
 from jbilevel._method import steps
 from jbilevel._method.base import Method, MethodState, compiled
@@ -38,12 +39,13 @@ class Average(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FirstOrder(Method):
+class FirstOrder(WithOptimizer, Method):
     """params+ = P(params + optax update(hypergradient)) with fixed tolerances.
 
     Args:
       oracle: any hypergradient oracle.
-      optimizer: an optax ``GradientTransformation``.
+      optimizer: an optax ``GradientTransformation``; or a function without arguments that makes one, which a method
+        needs to be pickled: ``functools.partial(optax.adam, 1e-3)``.
       tol, adjoint_tol: fixed accuracies; None takes 1e-3 of the sizes at the cold start, measured by ``init``.
       projection: ``params -> params``, applied after each update.
       average: decay of an exponential moving average of the parameters, corrected for its start (Kingma & Ba 2015,
@@ -61,7 +63,7 @@ class FirstOrder(Method):
     (2.0, 2.0)
     """
 
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     _: KW_ONLY
     tol: float | None = None
     adjoint_tol: float | None = None
@@ -69,10 +71,8 @@ class FirstOrder(Method):
     average: float | None = None
 
     def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.optimizer, optax.GradientTransformation):
-            kind = type(self.optimizer).__name__
-            raise TypeError(f"`optimizer` of FirstOrder must be one of optax, such as optax.adam(1e-3), got {kind}.")
+        Method.__post_init__(self)
+        WithOptimizer.__post_init__(self)
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"`average` must lie in [0, 1) or be None, got {self.average}.")
 
@@ -84,14 +84,14 @@ class FirstOrder(Method):
             warm=self.oracle.init(params, batch),
             tol=first.tol,
             adjoint_tol=first.adjoint_tol,
-            optimizer=self.optimizer.init(params),
+            optimizer=self.transformation().init(params),
             average=None if self.average is None else Average(params, optax.ema(self.average).init(params)),
         )
 
     @compiled
     def step(self, state: FirstOrderState, batch) -> tuple[FirstOrderState, StepInfo]:
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
-        updates, optimizer = self.optimizer.update(hg.grad, state.optimizer, state.params)
+        updates, optimizer = self.transformation().update(hg.grad, state.optimizer, state.params)
         params = steps.project(self.projection, optax.apply_updates(state.params, updates))
         average, decay = state.average, self.average
         if average is not None and decay is not None:

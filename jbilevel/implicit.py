@@ -19,7 +19,7 @@ from jbilevel._core.settings import own_settings
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.smooth_system import SmoothLower
-from jbilevel._oracle.solution import ADJOINT, LOWER, Spec, as_cotangents, constant, leaf_gradients, solution_map
+from jbilevel._oracle.solution import ADJOINT, LOWER, SolutionMap, Spec, as_cotangents, constant, leaf_gradients
 from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView
 from jbilevel.solvers.linear import CG, LinearSolver
@@ -53,8 +53,8 @@ class Oracle(AdjointOracle):
         order in the tolerances; ``error`` then estimates what remains.
       estimate: compute ``error`` (by the same Newton step) when correct is False; otherwise it is inf.
       error_steps: CG steps in each of the two systems of that Newton step.
-      linear_solver: of the adjoint system: `solvers.CG` (strongly convex), or `solvers.MINRES` for energies whose
-        Hessian may be indefinite.
+      linear_solver: of the adjoint system: `solvers.CG` (strongly convex; with a ``preconditioner`` if there is a good
+        one), or `solvers.MINRES` for energies whose Hessian may be indefinite.
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
 
@@ -119,7 +119,15 @@ def argmin(
     """
     _require(problem, linear_solver, "jb.implicit.argmin")
     spec = Spec(_lower(problem, solver, max_steps, linear_solver, max_products), on_failure)
-    return solution_map(_argmin, spec, with_info)
+    return Argmin(spec, with_info)
+
+
+@dataclass(frozen=True)
+class Argmin(SolutionMap):
+    """What `argmin` returns."""
+
+    def solve(self, params, data, x0, tol, adjoint_tol):
+        return _argmin(self.spec, params, data, x0, tol, adjoint_tol)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -142,10 +150,11 @@ def _hessian_solve(spec: Spec, params, data, x, rhs, bound):
 @partial(jax.jit, static_argnums=0)  # without jit, an eager gradient would compile the loop at every call
 @full_float32
 def _hessian_solve_jitted(spec: Spec, params, data, x, rhs, bound):
-    product, lower = spec.view(params, data).linearize(x)[2], spec.lower
+    view, lower = spec.view(params, data), spec.lower
+    product, solver = view.linearize(x)[2], lower.linear_solver.at(view, x)
 
     def solve(product, b):
-        q, info = lower.linear_solver.solve(product, b, None, tol=bound.of(b), max_steps=lower.max_products)
+        q, info = solver.solve(product, b, None, tol=bound.of(b), max_steps=lower.max_products)
         # NaN belongs to the solve itself: outside, it would be part of a map to be transposed
         return guard(q, info, spec.on_failure, ADJOINT), info
 

@@ -260,7 +260,7 @@ class NBA(Method):
         return following, info._replace(stationary=done & stationary)
 
 
-def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=1e-8):
+def stationarity(oracle, params, batch, *, radius, key, samples: int = 10, tol=None):
     """How far params are from stationary where the value may have kinks: Goldstein's measure, by sampling.
 
     The least norm in the convex hull of the hypergradients at params and at ``samples`` random points within ``radius``

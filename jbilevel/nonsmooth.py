@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jbilevel._core import trees
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
-from jbilevel._oracle.solution import Spec, once, solution_map
+from jbilevel._oracle.solution import SolutionMap, Spec
 from jbilevel._oracle.support_system import BIACTIVE, Policy, SupportLower
 from jbilevel._views.base import Problem
 from jbilevel._views.weighted_l1 import WeightedL1View
@@ -130,7 +130,7 @@ def argmin(
     solver = ForwardBackward() if solver is None else solver
     _require(problem, solver, "jb.nonsmooth.argmin")
     lower = SupportLower(problem, solver, max_steps, Policy(biactive, biactive_tol, damping), max_products)
-    return solution_map(once, Spec(lower, on_failure), with_info)
+    return SolutionMap(Spec(lower, on_failure), with_info)
 
 
 def __dir__():

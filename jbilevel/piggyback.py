@@ -9,7 +9,7 @@ from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.saddle_system import SaddleLower
 from jbilevel._oracle.simultaneous import SimultaneousLower
-from jbilevel._oracle.solution import Spec, once, solution_map
+from jbilevel._oracle.solution import SolutionMap, Spec
 from jbilevel._views.base import Problem
 from jbilevel._views.saddle import SaddleView
 from jbilevel.solvers.pdhg import PDHG
@@ -107,7 +107,7 @@ def saddle_point(
     """
     solver = PDHG() if solver is None else solver
     _require(problem, solver, "jb.piggyback.saddle_point", "see jb.implicit.argmin")
-    return solution_map(once, Spec(SaddleLower(problem, solver, max_steps, max_adjoint_steps), on_failure), with_info)
+    return SolutionMap(Spec(SaddleLower(problem, solver, max_steps, max_adjoint_steps), on_failure), with_info)
 
 
 def __dir__():

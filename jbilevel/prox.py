@@ -10,6 +10,7 @@ reached), and of the identity on the boundary of a set. No derivative is NaN at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -297,11 +298,11 @@ def conjugate(prox: Callable) -> Callable:
     >>> conjugate(soft)(jnp.array([-3.0, 0.5]), 2.0).tolist()  # the box [-1, 1]
     [-1.0, 0.5]
     """
+    return partial(_conjugated, prox)
 
-    def conjugated(v, step, *arguments, **options):
-        return v - step * prox(v / step, 1.0 / step, *arguments, **options)
 
-    return conjugated
+def _conjugated(prox, v, step, *arguments, **options):
+    return v - step * prox(v / step, 1.0 / step, *arguments, **options)
 
 
 def times(step, v):

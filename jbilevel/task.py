@@ -274,16 +274,16 @@ class TaskAdapted:
     fit: FitResult
     pipeline: Pipeline = field(repr=False)
 
-    def reconstruct(self, batch, *, tol=1e-3):
+    def reconstruct(self, batch, *, tol=None):
         """Pictures of a batch of measurements; `ConvergenceError` where a solve fails. Labels are not needed."""
         return reconstruct(self.pipeline, self.regularizer, batch, tol=tol)
 
-    def __call__(self, batch, *, tol=1e-3):
+    def __call__(self, batch, *, tol=None):
         """What the task makes of them, such as logits."""
         return jax.vmap(self.pipeline.task, (None, 0))(self.task, self.reconstruct(batch, tol=tol))
 
 
-def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=1e-3):
+def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=None):
     """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails.
 
     >>> import jbilevel as jb, jax.numpy as jnp
@@ -312,12 +312,14 @@ def rates(**optimizers) -> optax.GradientTransformation:
     return optax.multi_transform(transforms, {name: name for name in optimizers})
 
 
-DEFAULT_RATES = rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
+def default_rates() -> optax.GradientTransformation:
+    """Adam with the rate 0.1 of theta and 1e-3 of T."""
+    return rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
 
 
 def _default_method(changing: bool) -> Callable:
     """``oracle -> method``: one that compares values only where they can be compared."""
-    return partial(FirstOrder, optimizer=DEFAULT_RATES) if changing else MAID
+    return partial(FirstOrder, optimizer=default_rates) if changing else MAID
 
 
 def task_adapted(

@@ -23,7 +23,7 @@ class Case:
     """A problem, an upper-level loss with a 1-Lipschitz gradient, and makers of params and batches."""
 
     name: str
-    problem: jb.SmoothProblem
+    problem: jb.Problem
     loss: Callable
     params: Callable[[int], Any]  # seed -> params
     batch: Callable[[int, int], Any]  # (seed, number of samples) -> batch

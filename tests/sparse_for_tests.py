@@ -1,7 +1,9 @@
 """Weighted l1 problems as a user would write them, for the tests of their solver, hypergradients and methods."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from problems_for_tests import DIAGONAL, QUADRATIC, Case, image_loss, quadratic_energy
 
 import jbilevel as jb
 
@@ -82,4 +84,74 @@ TREE = jb.WeightedL1Problem(
     lambda p, d: {"u": jnp.zeros(5), "v": jnp.zeros(d["A"].shape[1] - 5)},
     weights=lambda p: {"u": jnp.exp(p["u"]), "v": jnp.exp(p["v"])},
     strong_convexity=RIDGE,
+)
+
+
+# two that have exact solutions, for what holds of every oracle: one whose entries are apart, and one where they are not
+
+
+def soft_exact(p, data):
+    """Of `quadratic_energy` + e^p/2 sum |x_i|."""
+    kept = jnp.maximum(jnp.abs(data["y"]) - 0.5 * jnp.exp(p), 0) * jnp.sign(data["y"])
+    return image_loss(p, kept / (1 + jnp.exp(p) * DIAGONAL), data)
+
+
+SOFT = Case(
+    "soft",
+    jb.WeightedL1Problem(
+        quadratic_energy,
+        lambda p, data: jnp.zeros_like(data["y"]),
+        weights=lambda p: 0.5 * jnp.exp(p),
+        strong_convexity=QUADRATIC.problem.strong_convexity,
+        smoothness=QUADRATIC.problem.smoothness,
+    ),
+    image_loss,
+    QUADRATIC.params,
+    QUADRATIC.batch,
+    soft_exact,
+)
+
+DESIGN = np.random.default_rng(3).standard_normal((12, 10))
+GRAM = DESIGN.T @ DESIGN
+
+
+def elastic(params, x, data):
+    return 0.5 * jnp.sum((DESIGN @ x - data["y"]) ** 2) + 0.5 * jnp.exp(params["ridge"]) * jnp.sum(x**2)
+
+
+def elastic_exact(params, data):
+    """The support from a long run of ISTA, the solution on it from a dense system."""
+    hessian, b = GRAM + jnp.exp(params["ridge"]) * jnp.eye(10), DESIGN.T @ data["y"]
+    weights, step = jnp.exp(params["log_weights"]), 1 / (np.linalg.norm(GRAM, 2) + jnp.exp(params["ridge"]))
+
+    def ista(_, x):
+        moved = x - step * (hessian @ x - b)
+        return jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - step * weights, 0)
+
+    signs = jax.lax.stop_gradient(jnp.sign(jax.lax.fori_loop(0, 10_000, ista, jnp.zeros(10))))
+    moves = signs != 0
+    system = jnp.where(moves[:, None] & moves[None, :], hessian, jnp.eye(10))
+    return image_loss(params, jnp.linalg.solve(system, jnp.where(moves, b - weights * signs, 0)), data)
+
+
+def responses(seed, count):
+    """Measurements of sparse vectors, with noise of standard deviation 0.1."""
+    rng = np.random.default_rng([10, seed])
+    truth = np.where(rng.random((count, 10)) < 0.5, rng.standard_normal((count, 10)), 0)
+    return {"y": jnp.asarray(truth @ DESIGN.T + 0.1 * rng.standard_normal((count, 12))), "x": jnp.asarray(truth)}
+
+
+ELASTIC = Case(
+    "elastic",
+    jb.WeightedL1Problem(
+        elastic,
+        lambda params, data: jnp.zeros(10),
+        weights=lambda params: jnp.exp(params["log_weights"]),
+        strong_convexity=lambda params, data: jnp.exp(params["ridge"]) + np.linalg.eigvalsh(GRAM)[0],
+        smoothness=lambda params, data: jnp.exp(params["ridge"]) + np.linalg.norm(GRAM, 2),
+    ),
+    image_loss,
+    lambda seed: {"ridge": jnp.asarray(-1.0), "log_weights": log_weights(10, seed, -1.0, 1.5)},
+    responses,
+    elastic_exact,
 )

@@ -93,3 +93,21 @@ def test_an_operator_with_a_wrong_transpose_is_refused(make):
 def test_an_operator_that_closes_over_a_traced_value_is_named():
     with pytest.raises(TypeError, match="closes over a traced value"):
         jax.jit(lambda v: from_functions(lambda x: v * x, lambda y: v * y, (4,), (4,))(jnp.ones(4)))(2.0)
+
+
+@pytest.mark.parametrize("solver", [jb.solvers.AGD(), jb.solvers.NewtonCG()], ids=["AGD", "NewtonCG"])
+def test_a_smoothness_that_is_too_small(solver):
+    small = replace(QUADRATIC, strong_convexity=0.5, smoothness=10.0)
+    status = Status(int(jb.solve(small, (), quadratic(0, 1.0), tol=1e-3, solver=solver)[1].status))
+    # without a look at each step, steps that are too long only end at infinity
+    assert status is (Status.NONFINITE if isinstance(solver, jb.solvers.AGD) else Status.SMOOTHNESS)
+    assert "`smoothness`" in status.message
+    right = replace(QUADRATIC, strong_convexity=0.5, smoothness=1000.0)
+    assert jb.solve(right, (), quadratic(0, 1.0), tol=1e-3, solver=solver)[1].status == Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", ["prox_primal", "prox_dual"])
+def test_a_map_that_is_no_proximal_one(name):
+    wrong = replace(saddle(None), **{name: lambda p, v, step, d: 2.0 * v})
+    info = jb.solve(wrong, 1.0, A, tol=1e-3)[1]
+    assert info.status == Status.PROX

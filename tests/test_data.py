@@ -274,6 +274,12 @@ def test_one_bit_and_cmyk(tmp_path):
     np.testing.assert_allclose(read_one(tmp_path, grey=False), front(SMOOTH) / 255, atol=0.01)
 
 
+def test_cmyk_jpeg_of_adobe(tmp_path):
+    """In which full ink is 0."""
+    save(tmp_path / "a.jpg", SMOOTH, "CMYK", quality=95)
+    np.testing.assert_allclose(read_one(tmp_path, grey=False), front(SMOOTH) / 255, atol=0.03)
+
+
 @pytest.mark.parametrize("orientation, turn", [(3, lambda v: v[::-1, ::-1]), (6, lambda v: np.rot90(v, -1))])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 def test_exif_orientation(tmp_path, name, orientation, turn):
@@ -354,7 +360,7 @@ def test_damaged_bytes_are_named(tmp_path):
 def test_other_formats_in_disguise_are_refused(tmp_path):
     save(tmp_path / "good.png", GREY)
     Image.fromarray(COLOUR).save(tmp_path / "bad.png", format="EPS")
-    with pytest.raises(ValueError, match=r"bad\.png is damaged, or not one of PNG"):
+    with pytest.raises(ValueError, match=r"bad\.png is damaged, truncated or no picture \(PNG"):
         image_folder(tmp_path)
     Image.fromarray(COLOUR).save(tmp_path / "bad.png", format="GIF")
     with pytest.raises(ValueError, match=r"bad\.png"):

@@ -152,4 +152,4 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="`filter` must be one of ram-lak"):
         A.fbp(jnp.ones(A.out_shape), "sharp")
     with pytest.raises(ValueError, match="full turn"):
-        FanBeam(8, turn(60), 12, source_origin=20.0).fbp(jnp.ones((60, 12)))
+        FanBeam(8, turn(60), 12, source_origin=20.0).fbp(jnp.ones((60, 12)), strict=True)

@@ -1,122 +1,21 @@
-"""The loop: what it returns and when it stops, exact resuming, warm starts that stay with their sample."""
+"""The loop: what it returns, when it stops, warm starts that stay with their sample (test_checkpoint.py: resuming)."""
 
 import csv
 import itertools
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy_for_tests import FULL, IMAGES, PARAMS, TRACES, Toy, assert_same_run, generator, mini, state_of, without_index
 
 from jbilevel import explicit
 from jbilevel._core import io
-from jbilevel._core.results import Status, StepInfo
-from jbilevel._method.base import Method, MethodState
+from jbilevel._core.results import StepInfo
 from jbilevel.first_order import FirstOrder
 from jbilevel.training import FitStatus, fit
-
-TRACES = []  # one entry per trace of a step
-
-
-class State(MethodState):
-    count: Any
-
-
-def state_of(params, warm, count):
-    return State(params=params, warm=warm, tol=0.0, adjoint_tol=0.0, count=count)
-
-
-class Cold(explicit.Oracle):
-    """An oracle as far as `fit` needs one: x starts at zero, with no owner and no visits."""
-
-    def init(self, params, batch):
-        n = batch["y"].shape[0]
-        return {"x": jnp.zeros_like(batch["y"]), "owner": jnp.full(n, -1), "visits": jnp.zeros(n)}
-
-
-@dataclass(frozen=True)
-class Toy(Method):
-    """Denoising by a few relaxation steps from the warm start, so that every number depends on the warm starts.
-
-    The warm start also carries its owner and its number of visits; ``error`` reports how many samples got the warm
-    start of another one, and ``tol`` how often the samples of the batch had been there before.
-    """
-
-    oracle: explicit.Oracle = Cold(jnp.sum)
-    rate: float = 0.1
-    nan_value_at: int = -1
-    nan_params_at: int = -1
-    done_at: int = -1
-
-    def init(self, params, batch):
-        return state_of(params, self.oracle.init(params, batch), 0)  # 0: weakly typed, as users write it
-
-    def step(self, state, batch):
-        TRACES.append(jax.tree.map(jnp.shape, batch))
-        owner = batch.get("index", jnp.arange(batch["y"].shape[0])).astype(state.warm["owner"].dtype)
-        strangers = jnp.sum((state.warm["owner"] != owner) & (state.warm["owner"] != -1))
-
-        def loss(params):
-            x = 0.7 * state.warm["x"] + 0.3 * jnp.tanh(batch["y"] * jnp.exp(params["w"])[None, :])
-            return jnp.mean((x - 0.5 * batch["y"]) ** 2), x
-
-        (value, x), grad = jax.value_and_grad(loss, has_aux=True)(state.params)
-        params = jax.tree.map(lambda p, g: p - self.rate * g, state.params, grad)
-        params["w"] = jnp.where(state.count == self.nan_params_at, jnp.nan, params["w"])
-        info = StepInfo(
-            value=jnp.where(state.count == self.nan_value_at, jnp.nan, value),
-            grad_norm=jnp.sqrt(jnp.sum(grad["w"] ** 2)),
-            error=strangers,
-            step=self.rate,
-            tol=jnp.sum(state.warm["visits"]),
-            adjoint_tol=None,
-            work=10,
-            status=jnp.where(state.count == self.nan_value_at, Status.NONFINITE, Status.CONVERGED),
-            done=state.count == self.done_at,
-        )
-        warm = {"x": x, "owner": owner, "visits": state.warm["visits"] + 1}
-        return state_of(params, warm, state.count + 1), info
-
-
-PARAMS = {"w": jnp.array([0.3, -0.2, 0.1])}
-IMAGES = np.sin(np.arange(7 * 3, dtype=float)).reshape(7, 3)
-FULL = {"y": IMAGES}
-
-
-def mini(step, size=3):
-    """Three of seven images per step, in an order that visits some before others."""
-    index = (np.array([0, 1, 3])[:size] * (step + 1) + step) % 7
-    return {"y": IMAGES[index], "index": index}
-
-
-def without_index(step):
-    return {"y": mini(step)["y"]}
-
-
-def generator():
-    return map(mini, itertools.count())
-
-
-KINDS = {"full": lambda: FULL, "indexed": lambda: mini, "plain": lambda: without_index, "iterator": generator}
-
-
-def assert_same_run(a, b):
-    for x, y in zip(jax.tree.leaves(a.state), jax.tree.leaves(b.state), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-    assert (a.steps, a.work) == (b.steps, b.work)
-    for name in a.history.keys() - {"seconds"}:
-        np.testing.assert_array_equal(a.history[name], b.history[name], err_msg=name)
-
 
 # What a run returns
 
@@ -184,7 +83,8 @@ def test_stop_rules():
     slope = fit(Toy(), PARAMS, FULL, steps=9, grad_norm_below=np.inf)
     assert [r.steps for r in (done, budget, value, slope)] == [4, 4, 2, 1]
     assert value.history["value"][0] > 0.01 > value.history["value"][1]
-    assert all(r.status is FitStatus.CONVERGED for r in (done, budget, value, slope))
+    assert all(r.status is FitStatus.CONVERGED for r in (done, value, slope))
+    assert budget.status is FitStatus.FINISHED
     assert "budget of 35" in budget.message and "cannot improve" in done.message
 
 
@@ -238,122 +138,6 @@ def test_other_exceptions_pass_after_the_checkpoint_is_written(tmp_path):
     assert io.read_meta(tmp_path / "checkpoint.npz")["steps"] == 3
 
 
-# Checkpoints
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["run.npz", "run.safetensors"])
-def test_resumed_run_is_the_uninterrupted_run(kind, name, tmp_path):
-    whole = fit(Toy(), PARAMS, KINDS[kind](), steps=7)
-    file = tmp_path / "new" / name
-    for steps in (0, 2, 3, 7):
-        part = fit(Toy(), PARAMS, KINDS[kind](), steps=steps, checkpoint=file)
-        assert part.steps == steps
-    assert_same_run(part, whole)
-    assert os.listdir(file.parent) == [name]  # no temporary file stays
-    again = fit(Toy(), PARAMS, KINDS[kind](), steps=7, checkpoint=file)
-    np.testing.assert_array_equal(again.params["w"], whole.params["w"])
-    assert again.steps == 7 and jax.tree.structure(again.state) == jax.tree.structure(whole.state)
-
-
-def test_resume_in_single_precision(tmp_path):
-    with jax.enable_x64(False):
-        params = {"w": jnp.asarray(PARAMS["w"], jnp.float32)}
-        whole = fit(Toy(), params, mini, steps=5)
-        fit(Toy(), params, mini, steps=2, checkpoint=tmp_path)
-        assert_same_run(fit(Toy(), params, mini, steps=5, checkpoint=tmp_path), whole)
-        assert whole.params["w"].dtype == jnp.float32
-
-
-def test_converged_run_stays_converged(tmp_path):
-    first = fit(Toy(done_at=2), PARAMS, FULL, steps=9, checkpoint=tmp_path)
-    again = fit(Toy(done_at=2), PARAMS, FULL, steps=9, checkpoint=tmp_path, callback=lambda *_: pytest.fail())
-    assert again.status is FitStatus.CONVERGED and again.steps == first.steps == 3
-
-
-def test_checkpoint_of_another_run_is_refused(tmp_path):
-    fit(Toy(), PARAMS, FULL, steps=2, checkpoint=tmp_path)
-
-    @dataclass(frozen=True)
-    class Other(Toy):
-        pass
-
-    def resume(method=None, params=PARAMS, batches=FULL):
-        fit(method or Toy(), params, batches, steps=4, checkpoint=tmp_path)
-
-    with pytest.raises(ValueError, match="method was Toy, now Other"):
-        resume(Other())
-    with pytest.raises(ValueError, match=r"method.rate was 0.1, now 0.2"):
-        resume(Toy(rate=0.2))
-    with pytest.raises(ValueError, match="batches was full, now changing"):
-        resume(batches=mini)
-    with pytest.raises(ValueError, match=r"params\['state'\].warm\['owner'\] is int64 of shape \(7,\).*\(4,\)"):
-        resume(batches={"y": IMAGES[:4]})
-    with pytest.raises(ValueError, match=r"params\['state'\].params lacks \['b'\]"):
-        resume(params=PARAMS | {"b": jnp.zeros(2)})
-    io.save(tmp_path / "checkpoint.npz", PARAMS)
-    with pytest.raises(ValueError, match="no checkpoint of fit"):
-        resume()
-    (tmp_path / "checkpoint.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="checkpoint.npz cannot be loaded"):
-        resume()
-
-
-CHILD = """
-import signal, sys, time
-import jax
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have ignored it
-jax.config.update("jax_enable_x64", True)
-sys.path.insert(0, {tests!r})
-from test_fit import Toy, PARAMS, fit, mini
-
-def callback(step, state, info):
-    print(step, flush=True)
-    time.sleep({pause})
-
-result = fit(Toy(), PARAMS, mini, steps=100_000, callback=callback, checkpoint={file!r}, log={file!r} + ".csv")
-print(result.status.name, result.steps, result.params["w"].tolist(), flush=True)
-"""
-
-
-def start_child(file, pause):
-    code = CHILD.format(tests=str(Path(__file__).parent), file=str(file), pause=pause)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def test_kill_9_loses_at_most_the_step_in_flight(tmp_path):
-    file = tmp_path / "run.npz"
-    child = start_child(file, pause=0)
-    printed = [child.stdout.readline() for _ in range(20)]
-    time.sleep(0.0123)  # anywhere, most likely within a write
-    child.send_signal(signal.SIGKILL)
-    printed += child.stdout.readlines()
-    child.stdout.close()
-    assert child.wait() == -signal.SIGKILL
-    finished = len([line for line in printed if line.endswith("\n")])
-    kept = io.read_meta(file)["steps"]
-    assert finished >= 20 and kept >= finished
-    resumed = fit(Toy(), PARAMS, mini, steps=kept + 10, checkpoint=file, log=f"{file}.csv")
-    assert_same_run(resumed, fit(Toy(), PARAMS, mini, steps=kept + 10))
-    with open(f"{file}.csv") as log:
-        assert [int(line["iteration"]) for line in csv.DictReader(log)] == list(range(kept + 10))
-
-
-def test_real_ctrl_c_returns(tmp_path):
-    file = tmp_path / "run.npz"
-    child = start_child(file, pause=0.02)
-    for _ in range(3):
-        child.stdout.readline()
-    child.send_signal(signal.SIGINT)
-    *_, last = child.stdout.readlines()
-    child.stdout.close()
-    assert child.wait() == 0
-    name, steps, weights = last.split(maxsplit=2)
-    assert name == "INTERRUPTED" and io.read_meta(file)["steps"] == int(steps) >= 3
-    assert weights.strip() == str(fit(Toy(), PARAMS, mini, steps=int(steps)).params["w"].tolist())
-
-
 # Warm starts
 
 
@@ -392,10 +176,12 @@ def test_without_index_every_step_starts_cold():
     np.testing.assert_array_equal(result.history["error"], np.zeros(5))
 
 
-def test_negative_index_and_bad_rows_are_not_remembered():
-    padded = fit(Toy(), PARAMS, lambda step: {"y": IMAGES[:2], "index": np.array([3, -1])}, steps=4)
-    np.testing.assert_array_equal(padded.history["tol"], np.arange(4))
+def test_a_negative_index_is_refused():
+    with pytest.raises(ValueError, match="must not be negative; padding has the weight 0"):
+        fit(Toy(), PARAMS, lambda step: {"y": IMAGES[:2], "index": np.array([3, -1])}, steps=4)
 
+
+def test_bad_rows_are_not_remembered():
     @dataclass(frozen=True)
     class Spoiling(Toy):  # as an oracle that drops failed samples would: the value is fine, one row is not
         def step(self, state, batch):

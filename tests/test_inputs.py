@@ -210,9 +210,9 @@ def test_settings_of_jax_that_a_user_may_have(setting):
         x, info = jb.solve(RIDGE, single[1], single[0])
         gradient = jax.grad(lambda p: jnp.sum(jb.implicit.argmin(RIDGE)(p, single[0])))(single[1])
         curvature = jax.grad(jax.grad(lambda p: jnp.sum(jb.implicit.argmin(RIDGE)(p, single[0]))))(single[1])
-        for oracle in ORACLES.values():
-            assert np.isfinite(oracle(single[1], single[0][None], tol=1e-3).grad)
-        result = jb.fit(jb.MAID(ORACLES["implicit"]), single[1], single[0][None], steps=2)
+        for kind in ("implicit", "piggyback", "explicit"):
+            assert np.isfinite(ORACLES[kind](single[1], single[0][None], tol=1e-3).grad)
+        result = jb.fit(jb.MAID(ORACLES["explicit"]), single[1], single[0][None], steps=2)
     assert jb.check(info) is None and float(gradient) == pytest.approx(-2.5, rel=1e-4)
     assert float(curvature) == pytest.approx(2.5, rel=1e-3) and result.steps == 2
 

@@ -227,9 +227,10 @@ def test_cut_files(name, tmp_path):
                 read(tmp_path / name)
 
 
-def test_flipped_bits(tmp_path):
-    """Every byte of an npz matters or does not matter: the content is never wrong without an error."""
-    file = tmp_path / "a.npz"
+@both
+def test_flipped_bits(name, tmp_path):
+    """Every byte of a file matters or does not matter: the content is never wrong without an error."""
+    file = tmp_path / name
     tree = {"w": jnp.arange(4.0), "b": jnp.ones(1, jnp.bfloat16)}
     io.save(file, tree, {"a": 1})
     content = bytearray(file.read_bytes())
@@ -240,6 +241,7 @@ def test_flipped_bits(tmp_path):
         content[place] ^= 0x10
         try:
             params, meta = io.load(file)
+            assert io.read_meta(file) == meta
         except ValueError as error:
             assert str(file) in str(error)
             refused += 1
@@ -247,6 +249,31 @@ def test_flipped_bits(tmp_path):
             assert_same(params, tree)
             assert meta == {"a": 1}
     assert refused > len(content) // 6
+
+
+def test_safetensors_are_sealed(tmp_path):
+    """Metadata are compared without reading the arrays; the same content is the same bytes; others have no seal."""
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "a.safetensors"
+    io.save(file, TREE, {"psnr": 30.5})
+    content = file.read_bytes()
+    io.save(file, TREE, {"psnr": 30.5})
+    assert file.read_bytes() == content
+    file.write_bytes(content.replace(b"30.5", b"31.5"))
+    for read in (io.load, io.read_meta, io.outline):
+        with pytest.raises(ValueError, match="a.safetensors cannot be loaded: its content does not fit its checksum"):
+            read(file)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert io.read_meta(file) == {"psnr": 30.5}
+    with pytest.raises(ValueError, match="does not fit its checksum"):
+        io.load(file)
+    tree = {"kind": "dict", "keys": ["w"], "children": [
+        {"kind": "array", "dtype": "float64", "shape": [3], "name": "w"}
+    ]}  # fmt: skip
+    header = {"format": "jbilevel", "version": 1, "meta": {}, "tree": tree}
+    save_file({"w": np.arange(3.0)}, file, {"jbilevel.json": json.dumps(header)})
+    np.testing.assert_array_equal(io.load(file)[0]["w"], np.arange(3.0))
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -331,6 +358,57 @@ def test_forged_files(tmp_path, monkeypatch):
     refused("compressed", {}, zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(io, "LARGEST_HEADER", 100)
     refused("header is larger", {})
+
+
+@pytest.mark.parametrize("n", [1, 1000])
+def test_one_array_does_not_stand_for_many(tmp_path, n):
+    """Or a small file could ask for any amount of memory."""
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    io.save(good, [np.ones(3)])
+    with zipfile.ZipFile(good) as archive:
+        header = json.loads(archive.read("jbilevel.json"))
+    header["tree"]["children"] *= n
+    rewrite(good, bad, {"jbilevel.json": json.dumps(header)})
+    if n == 1:
+        np.testing.assert_array_equal(io.load(bad)[0][0], np.ones(3))
+    else:
+        with pytest.raises(ValueError, match="bad.npz cannot be loaded: its header names one array several times"):
+            io.load(bad)
+
+
+def test_members_cannot_lie_inside_each_other(tmp_path):
+    """A bomb without compression: each member has all that follow as its content."""
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    io.save(good, {"w": np.ones(300)})
+    inner = good.read_bytes()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
+        target.writestr("outer.npy", inner)
+        for info in source.infolist():
+            info.header_offset += len(target.infolist()[0].filename) + 30
+            target.filelist.append(info)
+            target.NameToInfo[info.filename] = info
+    with zipfile.ZipFile(bad) as archive:
+        assert archive.read("w.npy") == zipfile.ZipFile(good).read("w.npy")
+    with pytest.raises(ValueError, match="bad.npz cannot be loaded: its members are larger than the file"):
+        io.load(bad)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")  # would wait for ever
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name}.npz cannot be loaded: it is a folder or a device"):
+            io.load(tmp_path / f"{name}.npz")
+
+
+@both
+def test_headers_have_a_limit_in_both_directions(name, tmp_path, monkeypatch):
+    io.save(tmp_path / name, 0, {"note": "x" * 3000})
+    monkeypatch.setattr(io, "LARGEST_HEADER", 1000)
+    with pytest.raises(ValueError, match="cannot be loaded: its header is larger than [12]000 bytes"):
+        io.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"`meta` and the names in `params` need \d+ bytes, more than 1000"):
+        io.save(tmp_path / name, 0, {"note": "x" * 3000})
 
 
 # partition and combine

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from problems_for_tests import central_differences, compilations, distance, relative
 from sparse_for_tests import (
+    ELASTIC,
     GROUPS,
     LASSO,
     LOGISTIC,
@@ -143,6 +144,17 @@ def test_proven_value_bound():
         value = which.value(params, batch, tol=tol)
         assert abs(value.value - exact.value) <= value.bound < np.inf
     assert not which(params, batch, tol=1e-3).certified
+
+
+@pytest.mark.slow
+def test_a_correction_that_leaves_the_support_says_that_its_errors_are_unknown():
+    """On a wrong support x is exact after the step: what is left there tells nothing of the value either."""
+    params, batch = ELASTIC.params(1), ELASTIC.batch(1, 7)
+    hg = oracle(ELASTIC.problem, ELASTIC.loss, correct=True, loss_smoothness=1.0)(params, batch, tol=1.0)
+    exact = np.asarray([ELASTIC.exact(params, jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in range(7)])
+    assert np.max(np.abs(hg.values - exact)) > 1e-4
+    assert np.isposinf(hg.error) and np.isposinf(hg.value_error)
+    assert abs(hg.value - exact.mean()) <= hg.value_bound < np.inf
 
 
 def test_warm_start_and_one_compilation():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems_for_tests import QUADRATIC, SADDLES, central_differences, compilations, primal, relative, ridge
+from sparse_for_tests import ELASTIC, SOFT
 
 import jbilevel as jb
 
@@ -31,9 +32,15 @@ ORACLES = {
     "piggyback-simultaneous-corrected": lambda case, **options: jb.piggyback.Oracle(
         SADDLES[case.name], primal(case.loss), mode="simultaneous", correct=True, **options
     ),
+    "nonsmooth": lambda case, **options: jb.nonsmooth.Oracle(case.problem, case.loss, loss_smoothness=1.0, **options),
+    "nonsmooth-corrected": lambda case, **options: jb.nonsmooth.Oracle(
+        case.problem, case.loss, correct=True, loss_smoothness=1.0, **options
+    ),
     "explicit": lambda case, **options: jb.explicit.Oracle(case.exact, **options),
 }
-CASES = [QUADRATIC, ridge(8)]  # both have a closed form, ``case.exact``
+# exact by other means, ``case.exact``: one whose entries are apart, and one that takes more steps
+CASES = [QUADRATIC, ridge(8)]
+SPARSE_CASES = [SOFT, ELASTIC]
 # what an oracle that is exact in no limit reaches; the others are exact at tight tolerances
 ACCURACY = {"one-step-corrected": 1e-3}
 COUNT = 7
@@ -42,11 +49,18 @@ BAD = COUNT - 1  # the last sample: with chunks of 3 it is alone in its chunk
 
 EACH = pytest.mark.parametrize("name", ORACLES)
 # another linear solver, or other storage, changes what a sample gives, but not what is done with the samples
-KINDS = [name for name in ORACLES if name not in ("minres", "unroll-checkpointed", "piggyback-simultaneous-corrected")]
+VARIANTS = ("minres", "unroll-checkpointed", "piggyback-simultaneous-corrected", "nonsmooth-corrected")
+KINDS = [name for name in ORACLES if name not in VARIANTS]
 EACH_KIND = pytest.mark.parametrize("name", KINDS)
-PAIRS = [(name, case) for name in ORACLES for case in CASES if case is not QUADRATIC or name in KINDS]
+
+
+def cases(name):
+    return SPARSE_CASES if name.startswith("nonsmooth") else CASES
+
+
+PAIRS = [(name, case) for name in ORACLES for case in cases(name) if case is not cases(name)[0] or name in KINDS]
 QUICK_OR_SLOW = [
-    pytest.param(name, case, id=f"{case.name}-{name}", marks=() if case is QUADRATIC else pytest.mark.slow)
+    pytest.param(name, case, id=f"{case.name}-{name}", marks=() if case is cases(name)[0] else pytest.mark.slow)
     for name, case in PAIRS
 ]
 
@@ -86,8 +100,9 @@ def test_values_and_gradient_are_exact_at_tight_tolerances(name, case):
 
 @EACH_KIND
 def test_weights_choose_samples(name):
-    params, batch, _, values, rows = problem(QUADRATIC)
-    oracle = make(name, QUADRATIC)
+    case = cases(name)[0]
+    params, batch, _, values, rows = problem(case)
+    oracle = make(name, case)
     for i in (0, BAD):
         hg = oracle(params, batch, tol=TIGHT, sample_weight=np.eye(COUNT)[i])
         assert float(hg.value) == pytest.approx(values[i], rel=1e-9)
@@ -97,8 +112,9 @@ def test_weights_choose_samples(name):
 @pytest.mark.slow
 @EACH_KIND
 def test_value_agrees_with_the_hypergradient_and_its_differences_with_the_gradient(name):
-    params, batch, weights, values, rows = problem(QUADRATIC)
-    oracle = make(name, QUADRATIC)
+    case = cases(name)[0]
+    params, batch, weights, values, rows = problem(case)
+    oracle = make(name, case)
 
     def value(params):
         v = oracle.value(params, batch, tol=1e-13, sample_weight=weights)
@@ -113,7 +129,7 @@ def test_value_agrees_with_the_hypergradient_and_its_differences_with_the_gradie
 @EACH
 def test_errors_hold_at_loose_tolerances(name):
     """The estimate is the true error within a factor 2, or inf; what a correction leaves is not underestimated."""
-    case = CASES[1]
+    case = cases(name)[1]
     params, batch, weights, values, rows = problem(case)
     oracle = make(name, case)
     for tol in (1e-1, 1e-2):
@@ -131,12 +147,13 @@ def test_errors_hold_at_loose_tolerances(name):
 @pytest.mark.slow
 @EACH_KIND
 def test_bad_sample_is_named_and_may_be_dropped(name):
-    params, batch, _, values, rows = problem(QUADRATIC)
+    case = cases(name)[0]
+    params, batch, _, values, rows = problem(case)
     bad = batch | {"y": batch["y"].at[BAD, 2].set(jnp.nan)}
     weights = np.full(COUNT, 1.0)
     good = np.arange(COUNT) != BAD
 
-    hg = make(name, QUADRATIC)(params, bad, tol=TIGHT, sample_weight=weights)
+    hg = make(name, case)(params, bad, tol=TIGHT, sample_weight=weights)
     assert np.isnan(hg.value) and np.isnan(hg.grad)
     assert np.isposinf(hg.error) and np.isposinf(hg.value_error) and not hg.certified
     np.testing.assert_array_equal(np.isnan(hg.values), ~good)
@@ -145,7 +162,7 @@ def test_bad_sample_is_named_and_may_be_dropped(name):
     with pytest.raises(jb.ConvergenceError, match=rf"sample {BAD} \(1 of {COUNT} samples failed\) ended NONFINITE"):
         jb.check(hg)
 
-    hg = make(name, QUADRATIC, on_failure="drop", chunk=3)(params, bad, tol=TIGHT, sample_weight=weights)
+    hg = make(name, case, on_failure="drop", chunk=3)(params, bad, tol=TIGHT, sample_weight=weights)
     assert float(hg.value) == pytest.approx(values[good].mean(), rel=1e-11)
     assert relative(hg.grad, rows[good].mean(axis=0)) <= ACCURACY.get(name, 1e-11)
     assert hg.status == jb.Status.NONFINITE
@@ -155,8 +172,9 @@ def test_bad_sample_is_named_and_may_be_dropped(name):
 @pytest.mark.slow
 @EACH_KIND
 def test_one_compilation_for_all_tolerances_and_warm_starts(name):
-    params, batch, weights, *_ = problem(QUADRATIC)
-    oracle = make(name, QUADRATIC)
+    case = cases(name)[0]
+    params, batch, weights, *_ = problem(case)
+    oracle = make(name, case)
     hg = oracle(params, batch, tol=1e-1, sample_weight=weights)
     v = oracle.value(params, batch, tol=1e-1, sample_weight=weights)
     cold = oracle.init(params, batch)

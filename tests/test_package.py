@@ -149,10 +149,11 @@ def test_nothing_can_execute_the_content_of_a_file(path):
     assert not forbidden & {name.split(".")[0] for name in imported(path)}
 
 
-@every_file
-def test_no_file_is_two_rooms(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= 500
+def test_no_file_is_two_rooms():
+    folders = ("jbilevel", "tests", "benchmarks", "examples")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert len(lines) > 100 and not {path: count for path, count in lines.items() if count > 500}
 
 
 @every_file
@@ -172,6 +173,7 @@ FOREIGN = {
     "_core/io.py",
     "_core/validate.py",
     "_training/batches.py",
+    "_training/fingerprint.py",
     "nets/__init__.py",
     "nets/adapters.py",
     "operators/tomosipo.py",

@@ -1,15 +1,19 @@
 """MNIST, CIFAR-10 and LoDoPaB-CT from small files made here, whole and damaged."""
 
 import gzip
+import os
+import resource
 import struct
 import sys
 import tracemalloc
+import zlib
 
 import h5py
 import numpy as np
 import pytest
 
 from jbilevel.data import cifar10, lodopab, mnist
+from jbilevel.data.idx_digits import read_idx
 
 rng = np.random.default_rng(0)
 
@@ -58,7 +62,7 @@ def test_truncated_digits_are_named(digits, packed, keep):
     path.write_bytes(path.read_bytes()[:keep])
     if packed:
         pack(path)
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.* (another file|shorter)"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.* (another file|ends after)"):
         mnist(digits)
 
 
@@ -67,7 +71,7 @@ def test_a_truncated_archive_is_named(digits):
     pack(path)
     packed = path.with_name(path.name + ".gz")
     packed.write_bytes(packed.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"ubyte\.gz is damaged or truncated"):
+    with pytest.raises(ValueError, match=r"ubyte\.gz is damaged, truncated"):
         mnist(digits)
 
 
@@ -87,7 +91,7 @@ def test_a_file_that_only_claims_to_be_packed_is_named(digits):
         (b"\x89PNG" + bytes(100), "another file"),
         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**31, 2**16, 2**16), "max_bytes"),
         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 12, 0, 28), "empty"),
-        (idx(DIGITS[:11]), "11 images, but its labels are 12"),
+        (idx(DIGITS[:11]), "has 11 images, but .*labels-idx1-ubyte has 12 labels"),
     ],
 )
 def test_other_idx_files_are_refused(digits, content, message):
@@ -109,6 +113,26 @@ def test_an_archive_is_not_unpacked_further_than_announced(digits):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4_000_000  # of 64 MB
+
+
+def test_no_memory_is_taken_for_digits_that_are_not_there(digits):
+    (digits / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 200_000, 28, 28))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is damaged.* ends after 0 of 156800000 bytes"):
+        mnist(digits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(digits, tmp_path):
+    path = digits / "train-labels-idx1-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte is missing"):
+        mnist(digits)
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is no idx file .*, but a folder or a device"):
+        read_idx(path, 1)
 
 
 def test_labels_that_are_no_digits_are_refused(digits):
@@ -277,9 +301,62 @@ def test_scans_that_were_not_written_are_not_zeros(scans, chunks):
         lodopab(scans)
 
 
-def test_filters_that_are_not_known_are_not_looked_for(scans):
-    write(scans / "observation_train_000.hdf5", SCANS[:3], chunks=(1, 4, 3), scaleoffset=3)
-    with pytest.raises(ValueError, match=r"observation_train_000\.hdf5 is packed in a way that needs a plug-in"):
+@pytest.mark.parametrize(
+    "shape, chunks, message",
+    [
+        ((2**40, 4, 3), (1, 4, 3), "no file of LoDoPaB-CT has so many slices"),
+        ((100_000, 1, 1), (100_000, 1, 1), "no file of LoDoPaB-CT has so many slices"),
+        ((128, 1000, 1000), (128, 1000, 1000), "chunks"),
+    ],
+)
+def test_more_slices_than_a_file_can_have_are_refused(scans, shape, chunks, message):
+    with h5py.File(scans / "ground_truth_train_000.hdf5", "w") as file:
+        data = file.create_dataset("data", shape, np.float32, chunks=chunks, compression="gzip")
+        data.id.write_direct_chunk((0, 0, 0), zlib.compress(b""))
+    with pytest.raises(ValueError, match=rf"ground_truth_train_000\.hdf5.*{message}"):
+        lodopab(scans)
+
+
+@pytest.mark.parametrize("shuffle, mask", [(False, 0), (True, 0), (True, 1)])  # the mask leaves out a filter
+def test_a_chunk_that_unpacks_to_more_than_its_shape_is_not_unpacked(scans, shuffle, mask):
+    """HDF5 would unpack all of it, and a thousand times as much as the file has."""
+    path = scans / "observation_train_000.hdf5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("data", (3, 4, 3), "f4", chunks=(3, 4, 3), compression="gzip", shuffle=shuffle)
+        data.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(300_000_000), 1), mask)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"observation_train_000\.hdf5 has a chunk that unpacks to more"):
+        lodopab(scans)[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("options", [{"fletcher32": True}, {"shuffle": True}, {"shuffle": True, "fletcher32": True}])
+def test_large_chunks_that_are_what_they_should_be_are_read(scans, options):
+    stacks = {"ground_truth": (2, 300, 300), "observation": (2, 300, 301)}
+    values = {name: rng.random(shape, dtype=np.float32) for name, shape in stacks.items()}
+    for name, array in values.items():
+        write(scans / f"{name}_train_000.hdf5", array, chunks=(2, 300, 300), compression="gzip", **options)
+    scan = lodopab(scans)[1]
+    np.testing.assert_array_equal(scan.ground_truth, values["ground_truth"][1])
+    np.testing.assert_array_equal(scan.observation, values["observation"][1])
+
+
+@pytest.mark.parametrize("options", [{"compression": "lzf"}, {"scaleoffset": 3}])
+def test_packings_of_which_nothing_is_known_are_refused(scans, options):
+    write(scans / "observation_train_000.hdf5", SCANS[:3], chunks=(1, 4, 3), **options)
+    with pytest.raises(ValueError, match="packed in another way than by deflate"):
+        lodopab(scans)
+
+
+def test_values_beyond_the_end_are_not_zeros(scans):
+    """HDF5 would fill them in, where the file says that it is longer."""
+    path = scans / "ground_truth_train_000.hdf5"
+    with h5py.File(path) as file:
+        place = file["data"].id.get_offset()
+    content = path.read_bytes()
+    layout = content.index(struct.pack("<2Q", place, SLICES[:3].nbytes))  # where the values are, and how many bytes
+    path.write_bytes(content[:layout] + (len(content) - 8).to_bytes(8, "little") + content[layout + 8 :])
+    with pytest.raises(ValueError, match=r"ground_truth_train_000\.hdf5 (does not hold all|is damaged)"):
         lodopab(scans)
 
 

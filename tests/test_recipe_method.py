@@ -78,7 +78,7 @@ def test_it_learns_from_changing_batches_and_resumes(tmp_path):
         np.testing.assert_array_equal(a, b)
     names = jb.load(tmp_path / "checkpoint.npz")[0]["state"]
     assert set(names) == {"params", "warm", "tol", "adjoint_tol", "first_tol", "k"} and names["warm"] is None
-    with pytest.raises(ValueError, match=r"method.rate was 0.5, now 0.25"):
+    with pytest.raises(ValueError, match="the option `rate` of Decaying: 0.5 before, 0.25 now"):
         jb.fit(Decaying(ORACLE, 0.25), START, batches, steps=30, checkpoint=tmp_path)
 
 

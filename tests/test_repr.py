@@ -13,7 +13,7 @@ from public_for_tests import public_names
 import jbilevel as jb
 from jbilevel import alternating, task
 from jbilevel._core.brief import label
-from jbilevel._training.checkpoint import describe
+from jbilevel._training.fingerprint import describe
 
 THREE_LINES = 3 * 120
 PARAMS, BATCH = jnp.array(0.0), jnp.ones((3, 2))
@@ -289,11 +289,11 @@ def test_runs_are_told_apart_by_more_than_these_words():
     for form in ("smooth", "saddle"):
         oracles = [jb.variational(jb.operators.Mask(m), TV, form=form).oracle(distance) for m in masks]
         first, second = (jb.FirstOrder(oracle, ADAM) for oracle in oracles)
-        assert repr(first) == repr(second) and describe(first, "method") != describe(second, "method")
+        assert repr(first) == repr(second) and describe(first) != describe(second)
     one, other = (jb.FirstOrder(EXACT, ADAM, projection=projection) for projection in projections)
-    assert repr(one) == repr(other) and describe(one, "method") != describe(other, "method")
+    assert repr(one) == repr(other) and describe(one) != describe(other)
     again = jb.FirstOrder(EXACT, ADAM, projection=partial(jb.prox.box, jb.regularizers.SmoothedTV(eps=0.01)))
-    assert describe(one, "method") == describe(again, "method") and "0x" not in str(describe(one, "method"))
+    assert describe(one) == describe(again) and "0x" not in str(describe(one))
 
 
 # Public classes without a line above, each with the reason.

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jbilevel.data import Samples, split_by_patient
-from jbilevel.data.samples import inside, paired
+from jbilevel.data.files import inside
+from jbilevel.data.samples import paired
 
 
 def counting(n):

@@ -1,38 +1,30 @@
 """Every lower-level solver on every problem: solutions, statuses, proven errors, exact counts, transformations."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-import jaxopt
 import numpy as np
-import optimistix
 import pytest
 import scipy.optimize
+from smooth_cases_for_tests import (
+    CASES,
+    HESSIAN,
+    VALLEY,
+    by_jaxopt,
+    descend,
+    flat,
+    gradient_norm,
+    in_single,
+    logistic_energy,
+    solve,
+    tv_energy,
+    tv_gradient,
+    weakly_convex_energy,
+)
 
 import jbilevel as jb
-from jbilevel._core import trees
 from jbilevel._core.results import Status
 from jbilevel.solvers import AGD, LBFGS, External, GradientDescent, NewtonCG, NonmonotoneAPG
 from jbilevel.solvers.loop import run, solve_jitted
-
-# ---------------------------------------------------------------- solvers
-
-
-def by_jaxopt(energy, x0, tol, max_steps):
-    return jaxopt.LBFGS(energy, tol=tol, maxiter=max_steps).run(x0).params
-
-
-def by_optimistix(energy, x0, tol, max_steps):
-    bfgs = optimistix.BFGS(rtol=0.0, atol=0.01 * tol)
-    return optimistix.minimise(lambda x, _: energy(x), bfgs, x0, max_steps=1000, throw=False).value
-
-
-def descend(energy, x0, tol, max_steps):
-    """Gradient steps for the quadratic below, to rounding."""
-    step = lambda _, x: jax.tree.map(lambda v, g: v - 0.15 * g, x, jax.grad(energy)(x))  # noqa: E731
-    return jax.lax.fori_loop(0, 100, step, x0)
-
 
 OURS = {
     "GradientDescent": GradientDescent,
@@ -49,132 +41,9 @@ def over(solvers):
     return pytest.mark.parametrize("solver", list(solvers.values()), ids=list(solvers))
 
 
-# ---------------------------------------------------------------- problems
-
-
-class Case(NamedTuple):
-    problem: jb.SmoothProblem
-    params: Any
-    data: Any
-    other: Any  # data of another sample
-
-
-HESSIAN = np.array([[4.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 2.0]])
-
-
-def quadratic_energy(params, x, data):
-    """x = {"value": (2,), "grad": ()}: names that optax uses for itself."""
-    flat = jnp.append(x["value"], x["grad"])
-    return 0.5 * flat @ (params * (HESSIAN @ flat).astype(flat.dtype)) - data @ flat
-
-
-def quadratic() -> Case:
-    low, high = np.linalg.eigvalsh(HESSIAN)[[0, -1]]
-    problem = jb.SmoothProblem(
-        quadratic_energy,
-        lambda params, data: {"value": jnp.zeros_like(data[:2]), "grad": jnp.zeros_like(data[2])},
-        strong_convexity=lambda params, data: params * float(low),
-        smoothness=lambda params, data: params * float(high),
-    )
-    return Case(problem, 2.0, np.array([1.0, -2.0, 3.0]), np.array([0.5, 40.0, -1.0]))
-
-
-def tv_energy(params, x, data):
-    """Smoothed total variation, params = (weight, eps), isotropic with Neumann boundary."""
-    weight, eps = params
-    down, right = jnp.diff(x, axis=0, append=x[-1:]), jnp.diff(x, axis=1, append=x[:, -1:])
-    return 0.5 * jnp.sum((x - data) ** 2) + weight * jnp.sum(jnp.sqrt(down**2 + right**2 + eps**2))
-
-
-def tv_gradient(params, x, data):
-    """By hand, in numpy."""
-    weight, eps = params
-    down, right = np.diff(x, axis=0, append=x[-1:]), np.diff(x, axis=1, append=x[:, -1:])
-    root = np.sqrt(down**2 + right**2 + eps**2)
-    flux = down / root, right / root
-    back = [np.diff(f, axis=axis, prepend=np.zeros_like(np.take(f, [0], axis))) for axis, f in enumerate(flux)]
-    return x - data - weight * (back[0] + back[1])
-
-
-def square(seed):
-    clean = np.zeros((32, 32))
-    clean[8:24, 8:24], clean[12:20, 4:12] = 1.0, 0.5
-    return clean + 0.1 * np.random.default_rng(seed).standard_normal(clean.shape)
-
-
-def tv() -> Case:
-    problem = jb.SmoothProblem(
-        tv_energy,
-        lambda params, data: jnp.zeros_like(data),
-        strong_convexity=1.0,
-        smoothness=lambda params, data: 1 + 8 * params[0] / params[1],
-    )
-    return Case(problem, (0.1, 0.01), square(0), square(1))
-
-
-def tv_without_constants() -> Case:
-    return tv()._replace(problem=jb.SmoothProblem(tv_energy, lambda params, data: jnp.zeros_like(data)))
-
-
-def logistic_energy(params, x, data):
-    features, labels = data
-    return jnp.sum(jax.nn.softplus(-labels * (features @ x))) + 0.5 * params * jnp.sum(x**2)
-
-
-def logistic() -> Case:
-    def sample(seed):
-        rng = np.random.default_rng(seed)
-        features = rng.standard_normal((60, 5)) * np.array([1.0, 2.0, 0.5, 1.0, 3.0])
-        return features, np.sign(features @ np.ones(5) + rng.standard_normal(60))
-
-    problem = jb.SmoothProblem(
-        logistic_energy,
-        lambda params, data: jnp.zeros_like(data[0][0]),
-        strong_convexity=lambda params, data: params,
-        smoothness=lambda params, data: params + 0.25 * jnp.sum(data[0] ** 2),
-    )
-    return Case(problem, 0.5, sample(0), sample(1))
-
-
-def weakly_convex_energy(params, x, data):
-    """A denoiser with the redescending potential t^2/(t^2 + s), as in weakly convex regularisers."""
-    potential = lambda t: jnp.sum(t**2 / (t**2 + 0.02))  # noqa: E731
-    edges = potential(jnp.diff(x, axis=0)) + potential(jnp.diff(x, axis=1))
-    return 0.05 * jnp.sum((x - data) ** 2) + params * edges
-
-
-def weakly_convex() -> Case:
-    problem = jb.SmoothProblem(weakly_convex_energy, lambda params, data: jnp.asarray(data))
-    return Case(problem, 0.1, square(0)[4:16, 4:16], square(1)[4:16, 4:16])
-
-
-VALLEY = Case(
-    jb.SmoothProblem(
-        lambda p, x, d: jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2), lambda p, d: -jnp.ones(20)
-    ),
-    *((), (), ()),
-)
-CASES = {case.__name__: case() for case in (quadratic, tv, tv_without_constants, logistic, weakly_convex)}
 # not told the constants, the others do what they do on the weakly convex energy; other people's solvers compile slowly
 PAIRS = [(c, s) for c in CASES for s in OURS if c != "tv_without_constants" or s in ("AGD", "NewtonCG")]
 every_pair = pytest.mark.parametrize("case, solver", [pytest.param(CASES[c], OURS[s], id=f"{c}-{s}") for c, s in PAIRS])
-
-
-def solve(case, solver, data=None, **options):
-    return jb.solve(case.problem, case.params, case.data if data is None else data, solver=solver, **options)
-
-
-def gradient_norm(case, x, data=None):
-    energy = lambda x: case.problem.energy(case.params, x, case.data if data is None else data)  # noqa: E731
-    return float(trees.norm(jax.grad(energy)(x)))
-
-
-def flat(x):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])
-
-
-def in_single(tree):
-    return jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), tree)
 
 
 # ---------------------------------------------------------------- solutions
@@ -476,103 +345,3 @@ def test_refuses_a_negative_tolerance_and_a_wrong_shape(solver):
         solve(CASES["tv"], solver, tol=-1.0)
     with pytest.raises(ValueError, match="shape"):
         solve(CASES["tv"], solver, x0=jnp.zeros((3, 3)))
-
-
-# ---------------------------------------------------------------- nonmonotone APG
-
-
-@pytest.mark.parametrize("restart", [True, False])
-@pytest.mark.parametrize("name", ["tv", "weakly_convex"])
-def test_the_nonmonotone_reference_decreases(name, restart):
-    """energy(x_k) <= c_k, and c_k never increases: what makes nmAPG safe without convexity."""
-    case = CASES[name]
-    solver, view = NonmonotoneAPG(restart=restart), case.problem.view(case.params, jnp.asarray(case.data))
-    first = solver.init(view, case.problem.start(case.params, case.data), 0.0)
-
-    @jax.jit
-    def follow(state):
-        def step(state, _):
-            state = solver.step(view, state, 0.0)
-            again = view.value_and_gradient(state.x)
-            return state, (state.value, state.reference, state.residual, again[0], trees.norm(again[1]))
-
-        return jax.lax.scan(step, state, length=150)[1]
-
-    values, references, residuals, evaluated, norms = map(np.asarray, follow(first))
-    assert np.all(values <= references + 1e-12)
-    assert np.all(np.diff(references, prepend=first.reference) <= 1e-12)
-    assert values[-1] < values[0] < float(first.value)
-    np.testing.assert_allclose(values, evaluated, atol=1e-12)
-    np.testing.assert_allclose(residuals, norms, atol=1e-12)
-
-
-def test_the_method_is_nonmonotone():
-    case = CASES["weakly_convex"]
-    energy = jax.jit(lambda x: weakly_convex_energy(0.1, x, case.data))
-    values = [float(energy(solve(case, NonmonotoneAPG(), tol=0.0, max_steps=k)[0])) for k in range(1, 80)]
-    assert any(after > before + 1e-9 for before, after in zip(values, values[1:], strict=False))
-
-
-# ---------------------------------------------------------------- external solvers
-
-
-@pytest.mark.parametrize("call", [by_jaxopt, by_optimistix])
-def test_the_documented_external_solvers(call):
-    solver, case = External(call), CASES["logistic"]
-    before = solve_jitted._cache_size()
-    for tol in (1e-1, 1e-3, 1e-6):
-        x, info = solve(case, solver, tol=tol)
-        assert info.status == Status.CONVERGED and gradient_norm(case, x) <= tol * case.params * (1 + 1e-6)
-    assert solve_jitted._cache_size() - before == 1
-
-
-def test_an_external_solver_is_not_believed():
-    case = CASES["tv"]
-    x, info = solve(case, External(lambda energy, x0, tol, max_steps: x0 + 1.0), x0=jnp.zeros((32, 32)))
-    np.testing.assert_array_equal(x, 1.0)
-    assert info.status == Status.STAGNATED
-    assert float(info.residual) == float(info.error) == pytest.approx(gradient_norm(case, x))
-    assert tuple(map(int, info.evaluations)) == (0, 1, 0)
-
-
-def test_an_external_solver_gets_the_energy_the_warm_start_and_the_limits():
-    case, seen = CASES["tv"], {}
-
-    def spy(energy, x0, tol, max_steps):
-        jax.debug.callback(lambda **kept: seen.update(kept), value=energy(x0), x0=x0, tol=tol, max_steps=max_steps)
-        return x0
-
-    x0 = jnp.full((32, 32), 0.5)
-    solve(case, External(spy), x0=x0, tol=0.25, max_steps=77)
-    jax.effects_barrier()
-    np.testing.assert_array_equal(seen["x0"], x0)
-    assert float(seen["value"]) == pytest.approx(float(tv_energy(case.params, x0, case.data)))
-    assert (float(seen["tol"]), int(seen["max_steps"])) == (0.25, 77)  # mu = 1
-
-
-def test_an_external_solver_may_report_its_work():
-    def report(energy, x0, tol, max_steps):
-        return x0, jnp.asarray(41)
-
-    _, info = solve(CASES["quadratic"], External(report))
-    assert int(info.work) == 42
-
-
-@pytest.mark.parametrize("bad, status", [(np.nan, Status.NONFINITE), (np.inf, Status.NONFINITE)])
-def test_an_external_solver_that_returns_no_number(bad, status):
-    _, info = solve(CASES["quadratic"], External(lambda energy, x0, *_: jax.tree.map(lambda v: v + bad, x0)))
-    assert info.status == status
-
-
-def test_an_external_solver_that_returns_something_else():
-    with pytest.raises(TypeError, match="shaped like x0"):
-        solve(CASES["tv"], External(lambda energy, x0, tol, max_steps: x0[0]))
-    with pytest.raises(TypeError, match="shaped like x0"):
-        solve(CASES["quadratic"], External(lambda energy, x0, tol, max_steps: x0["value"]))
-
-
-def test_an_external_solver_at_the_precision_of_its_dtype():
-    case = CASES["quadratic"]
-    near = External(lambda *given: jax.tree.map(lambda v: v * (1 + 4e-7), descend(*given)))
-    _, info = jb.solve(case.problem, case.params, in_single(case.data), tol=0.0, solver=near)
-    assert info.status == Status.PRECISION

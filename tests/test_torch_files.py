@@ -3,6 +3,7 @@
 import io
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 from typing import NamedTuple
@@ -152,7 +153,11 @@ def test_nothing_is_executed(tmp_path, torch_names):
         ({"w": Stored(np.ones(3), None, 0, (4,), (1,))}, {}, "beyond its storage"),
         ({"w": Stored(np.ones(3), None, 2, (2,), (1,))}, {}, "beyond its storage"),
         ({"w": Stored(np.ones(3), None, 0, (10**12,), (0,))}, {}, "beyond its storage"),
-        ({"w": Stored(np.ones(3), None, -1, (2,), (1,))}, {}, "impossible shape"),
+        (
+            {"w": Stored(np.ones(3), None, -1, (2,), (1,))},
+            {},
+            "a shape, strides or an offset that are impossible",
+        ),
         ({"w": Stored(np.ones(3), "../../w")}, {}, "no storage"),
         ({"w": 3.0}, {}, "'w' is a float, not a tensor"),
         ([Stored(np.ones(3))], {}, "holds a list"),
@@ -172,16 +177,95 @@ def test_damaged_files(tmp_path, torch_names):
     for n, part in enumerate((b"", b"\x80\x02}q\x00.", whole[: len(whole) // 2])):
         path = tmp_path / f"{n}.pth"
         path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"no state dictionary that can be read safely: .*zip"):
+        with pytest.raises(ValueError, match=rf"{n}\.pth cannot be loaded: .*zip"):
             jb.nets.read_torch(path)
     path = tmp_path / "w.safetensors"
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match=r"w\.safetensors cannot be loaded"):
         jb.nets.read_torch(path)
     with pytest.raises(FileNotFoundError):
         jb.nets.read_torch(tmp_path / "absent.pth")
     for cut in range(1, 120, 7):  # a pickle that ends too early, or holds nonsense, is refused too
         with zipfile.ZipFile(tmp_path / "cut.pth", "w") as archive:
             archive.writestr("archive/data.pkl", zipfile.ZipFile(tmp_path / "w.pth").read("archive/data.pkl")[:-cut])
-        with pytest.raises(ValueError, match="read safely"):
+        with pytest.raises(ValueError, match=r"cut\.pth cannot be loaded"):
             jb.nets.read_torch(tmp_path / "cut.pth")
+
+
+def zipped(path, pickled, raw=b""):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", raw)
+    return path
+
+
+@pytest.mark.parametrize("where", ["directory", "version", "offset", "encrypted", "method"])
+def test_a_damaged_directory_of_the_zip_is_named(tmp_path, torch_names, where):
+    """OSError, NotImplementedError and RuntimeError are what the zip module makes of these."""
+    path = write(tmp_path / "w.pth", {"w": Stored(np.ones(30))}, torch_names)
+    content = bytearray(path.read_bytes())
+    entry, end = content.index(b"PK\1\2"), content.rindex(b"PK\5\6")
+    place, value = {
+        "directory": (end + 16, b"\xff\xff\xff\x7f"),
+        "version": (entry + 6, b"\x54"),
+        "offset": (entry + 42, b"\xff\xff\xff\x7f"),
+        "encrypted": (entry + 8, b"\x01"),
+        "method": (entry + 10, b"\x63"),
+    }[where]
+    content[place : place + len(value)] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pth cannot be loaded"):
+        jb.nets.read_torch(path)
+
+
+def test_every_flipped_byte_is_read_or_named(tmp_path, torch_names):
+    path = write(tmp_path / "w.pth", {"w": Stored(np.ones(3)), "b": Parameter(Stored(np.ones(2)))}, torch_names)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 2):
+        for change in (0x01, 0xC0):
+            content = bytearray(whole)
+            content[place] ^= change
+            path.write_bytes(content)
+            try:
+                jb.nets.read_torch(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+
+
+# of two twos of two twos, ...: sixty bytes of pickle that have 2^60 entries to hash, to compare or to show
+MANY = b"".join(b"q" + bytes([k]) + b"h" + bytes([k]) + b"\x86" for k in range(1, 61))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [b"K\x01s.", b"s.", b"Q.", b"h\x3c\x93.", b"X\x07\x00\x00\x00storageh\x3ch\x3ch\x3c\x87Q.", b"h\x3cR."],
+    ids=["key", "value", "storage", "name", "key of a storage", "call"],
+)
+def test_a_pickle_cannot_keep_the_reader_busy(tmp_path, use):
+    path = zipped(tmp_path / "w.pth", b"\x80\x02}X\x01\x00\x00\x00a" + MANY + use)
+    with pytest.raises(ValueError, match=r"w\.pth cannot be loaded: (its pickle|it holds|its entry|it is damaged)"):
+        jb.nets.read_torch(path)
+
+
+def test_tensors_on_one_storage_take_its_memory_once(tmp_path, torch_names):
+    pool = np.arange(100_000.0)
+    tree = {f"w{k}": Stored(pool, "0", 0, (100, 1000), (1000, 1)) for k in range(500)}
+    path = write(tmp_path / "w.pth", tree, torch_names)
+    tracemalloc.start()
+    found = jb.nets.read_torch(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 500 and peak < 5 * pool.nbytes  # of 500
+    np.testing.assert_array_equal(found["w499"], pool.reshape(100, 1000))
+
+
+def test_an_optimiser_beside_the_weights_does_not_matter(tmp_path, torch_names):
+    tree = {"state_dict": {"w": Stored(np.ones(2))}, "optimizer": {"state": {0: {"step": Stored(np.ones(1))}}}}
+    assert list(jb.nets.read_torch(write(tmp_path / "w.pth", tree, torch_names))) == ["w"]
+
+
+@pytest.mark.parametrize("shape", [(2,) * 65, (2**40,), (0, 2**62, 2**62)])
+def test_shapes_that_no_array_has(tmp_path, torch_names, shape):
+    tree = {"w": Stored(np.ones(3), None, 0, shape, (0,) * len(shape))}
+    with pytest.raises(ValueError, match=r"w\.pth cannot be loaded"):
+        jb.nets.read_torch(write(tmp_path / "w.pth", tree, torch_names))

@@ -109,6 +109,76 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path):
     equal(jb.load(tmp_path / "parts" / "best.npz", PARAMS)[0], best.params)
 
 
+def quadratic(folder, **settings):
+    """A run to 2 past 1, where it is judged, with best parameters, in a folder; what it was and what it found."""
+    oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+    best = jb.Validation(oracle, jnp.array([1.0]), path=folder / "best.npz", **settings)
+
+    def run(steps):
+        method, file = jb.FirstOrder(oracle, optax.sgd(0.1)), folder / "run.npz"
+        return jb.fit(method, jnp.array(0.0), jnp.array([2.0]), steps=steps, callback=best, checkpoint=file)
+
+    return run, best
+
+
+def found(best):
+    return best.step, best.value, float(best.params), best.history
+
+
+def killed_before_validation(folder, steps):
+    """A process that dies after its checkpoint is written, and before the best parameters are."""
+    run, _ = quadratic(folder)
+    run(steps - 1)
+    file = folder / "best.npz"
+    content = file.read_bytes() if file.exists() else None
+    run, _ = quadratic(folder)
+    run(steps)
+    file.write_bytes(content) if content else file.unlink()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 12])
+def test_a_validation_that_a_kill_left_out_is_made_up_for(steps, tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run, best = quadratic(tmp_path / "whole")
+    run(12)
+    killed_before_validation(tmp_path / "killed", steps)
+    run, again = quadratic(tmp_path / "killed")
+    run(12)
+    assert found(again) == found(best) and best.step == 6
+
+
+def test_validation_of_steps_that_are_taken_again(tmp_path):
+    """Checkpoints every five steps, killed after the best one: that one is found again."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run, best = quadratic(tmp_path / "whole")
+    run(12)
+    run, _ = quadratic(tmp_path / "killed")
+    run(5)
+    content = (tmp_path / "killed" / "run.npz").read_bytes()
+    run(9)
+    (tmp_path / "killed" / "run.npz").write_bytes(content)
+    run, again = quadratic(tmp_path / "killed")
+    run(12)
+    assert found(again) == found(best)
+
+
+def test_a_finished_run_has_its_validation_too(tmp_path):
+    run, best = quadratic(tmp_path, every=5)
+    run(12)
+    for steps in (12, 15):
+        run, again = quadratic(tmp_path, every=5)
+        run(steps)
+        assert again.value == best.value and again.step == best.step and again.history[:2] == best.history
+    run, impatient = quadratic(tmp_path, patience=3)
+    (tmp_path / "run.npz").unlink()
+    assert run(50).status is jb.FitStatus.STOPPED
+    run, again = quadratic(tmp_path, patience=3)
+    resumed = run(50)  # and is still at the end of its patience
+    assert resumed.status is jb.FitStatus.STOPPED and resumed.steps == impatient.step + 1 + 3
+
+
 def test_validation_finds_the_least_and_stops():
     oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
     method, batch = jb.FirstOrder(oracle, optax.sgd(0.1)), jnp.array([2.0])
@@ -139,12 +209,28 @@ def test_the_best_of_another_run_is_not_taken_up(tmp_path):
         jb.Validation(oracle, jnp.ones(1), every=0)
 
 
+def test_the_best_by_another_judge_is_refused(tmp_path):
+    oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
+
+    def run(steps, data=2.0, **settings):
+        best = jb.Validation(oracle, jnp.array([data]), path=tmp_path / "best.npz", **settings)
+        method = jb.FirstOrder(oracle, optax.sgd(0.1))
+        return jb.fit(method, jnp.array(0.0), jnp.array([2.0]), steps=steps, callback=best, checkpoint=tmp_path)
+
+    run(2)
+    with pytest.raises(ValueError, match=r"best.npz was judged by another Validation, .* in the data: .* 2.0 before, "):
+        run(3, data=2.5)
+    with pytest.raises(ValueError, match="in Validation, `tol`: 1e-06 before, 0.001 now; give another"):
+        run(5, tol=1e-3)
+    assert run(7).steps == 7
+
+
 @pytest.mark.slow
 def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     method = jb.FirstOrder(ORACLE, optax.adam(1e-2))
     jb.fit(method, PARAMS, DATA, steps=1, checkpoint=tmp_path)
     _, deeper = network(layers=3)
-    with pytest.raises(ValueError, match=r"`checkpoint` cannot be resumed: .*give another path"):
+    with pytest.raises(ValueError, match=r"is of another run, which differs in the params to start from: leaf"):
         jb.fit(method, deeper, DATA, steps=2, checkpoint=tmp_path)
 
 

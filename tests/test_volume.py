@@ -160,7 +160,7 @@ def test_fdk_is_linear_and_checks_its_input():
     with pytest.raises(ValueError, match="`filter`"):
         A.fbp(y, "sharp")
     with pytest.raises(ValueError, match="full turn"):
-        ConeBeam((2, 4, 4), np.arange(30) / 10, (3, 6), source_origin=9.0).fbp(jnp.ones((3, 30, 6)))
+        ConeBeam((2, 4, 4), np.arange(30) / 10, (3, 6), source_origin=9.0).fbp(jnp.ones((3, 30, 6)), strict=True)
 
 
 @pytest.mark.parametrize("make", [ParallelBeam3D, lambda *a, **k: ConeBeam(*a, source_origin=20.0, **k)])

@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core import files
+
 FORMAT = "jbilevel"
 VERSION = 1
 HEADER = "jbilevel.json"  # a file beside the arrays inside the npz; the key of the metadata in safetensors
-LARGEST_HEADER = 64 * 2**20
+SEAL, ARRAYS_SEAL = "crc32", "crc32 of the arrays"  # last entries of the header in safetensors; npz has its own
+LARGEST_HEADER = 16 * 2**20  # bytes; JSON takes twenty times as many in memory
 SCALARS = {"bool": bool, "int": int, "float": float, "complex": complex}
 PLAIN = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
@@ -43,7 +48,8 @@ def save(path, params, meta: dict | None = None) -> None:
 
     Raises:
       TypeError: a leaf is no number or array (the message names its path), or ``meta`` does not fit into JSON.
-      FileNotFoundError: the folder does not exist.
+      ValueError: ``meta`` and the names in ``params`` are larger than 16 MB; keep numbers in ``params``.
+      FileNotFoundError: the folder does not exist. OSError: the disk is full, or the folder may not be written to.
       ImportError: ``.safetensors`` without the package.
 
     >>> import jbilevel as jb, jax.numpy as jnp, tempfile, os
@@ -62,8 +68,10 @@ def save(path, params, meta: dict | None = None) -> None:
         header = json.dumps({"format": FORMAT, "version": VERSION, "meta": meta or {}, "tree": tree}, default=_jsonable)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`meta` must hold what JSON can hold: {error}.") from error
+    if len(header) > LARGEST_HEADER:
+        raise ValueError(f"`meta` and the names in `params` need {len(header)} bytes, more than {LARGEST_HEADER}.")
     write = _write_safetensors if path.suffix == ".safetensors" else _write_npz
-    with _atomic(path) as file:
+    with files.atomic(path) as file:
         write(file, header, arrays)
 
 
@@ -81,7 +89,7 @@ def load(path, like=None) -> tuple[Any, dict]:
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, cut short or not from `save`, or does not fit ``like``: one sentence with the
-        file and the reason. A flipped bit is found in npz (CRC), not in safetensors, which has no checksum.
+        file and the reason. Content is compared with the checksums that `save` wrote.
 
     >>> import jbilevel as jb, jax.numpy as jnp, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "denoiser.npz")
@@ -92,13 +100,13 @@ def load(path, like=None) -> tuple[Any, dict]:
     """
     expected = None if like is None else _encode(like, (), _describe)
     header, arrays = _read(path)
-    with _blame(path):
+    with blame(path):
         if like is None:
             return _decode(header["tree"], arrays), header["meta"]
         difference = _difference(header["tree"], expected, "params")
     if difference:
         raise ValueError(f"{path} does not fit `like`: {difference}.")
-    with _blame(path):
+    with blame(path):
         leaves, structure = jax.tree.flatten(like)
         nodes = _leaves(header["tree"])
         values = [_restore(node, arrays, isinstance(r, np.ndarray)) for node, r in zip(nodes, leaves, strict=True)]
@@ -113,7 +121,7 @@ def read_meta(path) -> dict:
 def outline(path) -> str:
     """Structure and metadata of a file that `save` wrote, one line per leaf. Raises what `load` raises."""
     header, _ = _read(path, with_arrays=False)
-    with _blame(path):
+    with blame(path):
         lines = [f"{FORMAT} format {header['version']}", f"meta {json.dumps(header['meta'], indent=2)}"]
         lines += _lines(header["tree"], "params")
     # names come from the file: no control characters to the terminal
@@ -292,32 +300,13 @@ def _jsonable(value):
 
 
 @contextlib.contextmanager
-def _atomic(path: Path):
-    """A file that takes the place of ``path`` only once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # the new name itself; not every system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextlib.contextmanager
-def _blame(path):
+def blame(path):
     """Whatever goes wrong while a file is taken apart is one ValueError that names the file."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} cannot be loaded: it is a folder or a device.")
     try:
         yield
-    except ImportError:
+    except (ImportError, FileNotFoundError, PermissionError):
         raise
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded: {error}.") from error
@@ -327,7 +316,7 @@ def _blame(path):
 
 
 def _read(path, with_arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
-    with open(path, "rb") as file, _blame(path):
+    with blame(path), open(path, "rb") as file:
         read = _read_safetensors if Path(path).suffix == ".safetensors" else _read_npz
         text, arrays = read(file, with_arrays)
         if text is None:
@@ -337,6 +326,9 @@ def _read(path, with_arrays: bool = True) -> tuple[dict, dict[str, np.ndarray]]:
             raise ValueError("its header is not one of jb.save")
         if header["version"] > VERSION:
             raise ValueError(f"it has format version {header['version']}, this jbilevel reads up to {VERSION}: upgrade")
+        names = [node["name"] for node in _leaves(header["tree"]) if "name" in node]
+        if len(set(names)) < len(names):  # a small file could stand for any number of large arrays
+            raise ValueError("its header names one array several times")
         return header, arrays
 
 
@@ -350,15 +342,22 @@ def _write_npz(file, header: str, arrays) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def stored_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip by name, none of them compressed, which together fit into the ``size`` bytes of the file."""
+    members = {info.filename: info for info in archive.infolist()}
+    packed = [name for name, info in members.items() if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"its member {packed[0]!r} is compressed")
+    if sum(info.file_size for info in members.values()) > size:
+        raise ValueError("its members are larger than the file")
+    return members
+
+
 def _read_npz(file, with_arrays: bool):
-    size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if HEADER not in members:
+        if HEADER not in archive.namelist():
             return None, {}
-        for info in members.values():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-                raise ValueError(f"its member {info.filename!r} is compressed or larger than the file")
+        members = stored_members(archive, os.fstat(file.fileno()).st_size)
         if members[HEADER].file_size > LARGEST_HEADER:
             raise ValueError(f"its header is larger than {LARGEST_HEADER} bytes")
         text = archive.read(HEADER)
@@ -391,17 +390,48 @@ def _safetensors():
 def _write_safetensors(file, header: str, arrays) -> None:
     known = {"bfloat16", *NATIVE.values()}
     stored = {k: a if a.dtype.name in known else np.frombuffer(a.tobytes(), np.uint8) for k, a in arrays.items()}
-    file.write(_safetensors().numpy.save(stored, {HEADER: header}))
+    body = f'{header[:-1]}, "{ARRAYS_SEAL}": "{_checksum(stored)}"}}'
+    sealed = f'{body[:-1]}, "{SEAL}": "{zlib.crc32(body.encode()):08x}"}}'
+    file.write(_safetensors().numpy.save(stored, {HEADER: sealed}))
+
+
+def check_header(file) -> None:
+    """ValueError where a safetensors file announces a header that would take gigabytes when read."""
+    largest = 2 * LARGEST_HEADER  # ours, and the names and places of the arrays
+    if int.from_bytes(file.read(8), "little") > largest:
+        raise ValueError(f"its header is larger than {largest} bytes")
+    file.seek(0)
 
 
 def _read_safetensors(file, with_arrays: bool):
     package = _safetensors()
+    check_header(file)
     with package.safe_open(file.name, framework="numpy") as opened:
         text = (opened.metadata() or {}).get(HEADER)
+    if len(text or "") > LARGEST_HEADER:
+        raise ValueError(f"its header is larger than {LARGEST_HEADER} bytes")
+    if seal := re.fullmatch(rf'(.*), "{SEAL}": "([0-9a-f]{{8}})"}}', text or "", re.DOTALL):
+        _compare(seal[2], f"{zlib.crc32((seal[1] + '}').encode()):08x}")
     if text is None or not with_arrays:
         return text, {}
     arrays = {}
     for name, entry in package.deserialize(file.read()):
         raw = np.frombuffer(entry["data"], NATIVE.get(entry["dtype"], "uint8"))
         arrays[name] = raw.reshape(entry["shape"]) if entry["dtype"] in NATIVE else raw
+    if (written := json.loads(text).get(ARRAYS_SEAL)) is not None:  # files made elsewhere have none
+        _compare(written, _checksum(arrays))
     return text, arrays
+
+
+def _checksum(arrays) -> str:
+    """CRC of the names and bytes of arrays, in the order of their names."""
+    crc = 0
+    for name in sorted(arrays):
+        content = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+        crc = zlib.crc32(content.data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def _compare(written: str, computed: str) -> None:
+    if written != computed:
+        raise ValueError("its content does not fit its checksum, so it is damaged")

@@ -33,8 +33,10 @@ class Status(enum.IntEnum):
     NONFINITE = 5
     NORM_BOUND = 6
     SMOOTHNESS = 7
+    PRECONDITIONER = 8
     CONVEXITY = 9
     ADJOINT = 10
+    PROX = 11
 
     @property
     def message(self) -> str:
@@ -68,6 +70,10 @@ _MESSAGES = {
         "The gradient changed faster than `smoothness` says, so the steps are too long; pass a true bound on the "
         "Hessian's norm, or `smoothness=None`."
     ),
+    Status.PRECONDITIONER: (
+        "The preconditioner M is not positive definite, <r, M r> <= 0 for a residual r; pass one that is, or "
+        "`linear_solver=jb.solvers.CG()`."
+    ),
     Status.CONVEXITY: (
         "The energy curves less than `strong_convexity` says, so no error bound holds; pass a modulus that is smaller, "
         "or `strong_convexity=None`."
@@ -75,6 +81,10 @@ _MESSAGES = {
     Status.ADJOINT: (
         "`transpose` is not the transpose of `linear`: <K x, y> and <x, K* y> differ; mend it, leave it out for that "
         "of JAX, or say `exact_adjoint=False`, and nothing is proven."
+    ),
+    Status.PROX: (
+        "`prox_primal` or `prox_dual` is no proximal map, <p - q, v - w> < ||p - q||^2 for its values p, q at v, w; "
+        "`problem.verify(params, data)` says which."
     ),
 }
 
@@ -350,8 +360,8 @@ def say_if_unsolved(name: str, tol, info: SolveInfo, *, stacklevel: int = 4) -> 
     """Warn where a tolerance that was given let every solve end where it began, cold, though not at a solution."""
     if tol is None or any(isinstance(leaf, jax.core.Tracer) for leaf in (tol, info.steps, info.residual)):
         return
-    residual = np.asarray(info.residual)
-    if np.isfinite(tol) and np.all(residual > 0) and not np.any(np.asarray(info.steps)):
+    residual, met = np.asarray(info.residual), np.asarray(info.status) == Status.CONVERGED
+    if np.isfinite(tol) and np.all(met & (residual > 0)) and not np.any(np.asarray(info.steps)):
         warnings.warn(
             f"`{name}`={float(tol):.1e} is larger than what there is to solve, so nothing was: every solve ended at "
             f"its cold start, with residual {np.max(residual):.1e}; make it smaller, or leave it out for one that is "

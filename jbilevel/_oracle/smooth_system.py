@@ -46,7 +46,8 @@ class SmoothSystem(System):
         if self.linear_solver.refinable and self.view.single(self.x) is not None:
             refined = refine(self.view, self.x, self.product, loss_gradient, start, tol, limit)
             start, steps, spent = refined.q, refined.products, refined.products
-        q, info = self.linear_solver.solve(self.product, loss_gradient, start, tol=tol, max_steps=limit)
+        solver = self.linear_solver.at(self.view, self.x)
+        q, info = solver.solve(self.product, loss_gradient, start, tol=tol, max_steps=limit)
         info = info._replace(steps=info.steps + steps, evaluations=info.evaluations.plus(products=spent))
         return Adjoint(q, info.residual, info)
 

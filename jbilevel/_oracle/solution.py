@@ -39,12 +39,16 @@ class Spec:
         return self.lower.problem.view(params, data)
 
 
-def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
-    """``solve(spec, params, data, x0, tol, bound) -> (x, info)`` behind the checks and the cold start."""
-    problem = spec.lower.problem
+@dataclass(frozen=True)
+class SolutionMap:
+    """``(params, data, x0=None, *, tol, adjoint_tol) -> x``: a differentiable solve behind the checks and the start."""
+
+    spec: Spec
+    with_info: bool
 
     @own_settings
-    def solution(params, data, x0=None, *, tol=None, adjoint_tol=None):
+    def __call__(self, params, data, x0=None, *, tol=None, adjoint_tol=None):
+        problem = self.spec.lower.problem
         params, data, x0 = arrays(params, "params"), arrays(data, "data"), arrays(x0, "x0")
         problem.check(params)
         problem.validate(params, data, x0)
@@ -52,12 +56,12 @@ def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
         cold = x0 is None
         x0 = start if cold else trees.where(trees.all_finite(x0), trees.cast_like(x0, start), start)
         if tol is None:
-            asked = default_tolerance(problem, spec.lower.solver, *jax.lax.stop_gradient((params, data)))
+            asked = default_tolerance(problem, self.spec.lower.solver, *jax.lax.stop_gradient((params, data)))
         else:
             asked = require_tolerance(tol, "tol", x0)
         bound = _bound(tol, adjoint_tol, x0)
         try:
-            x, info = solve(spec, params, data, jax.lax.stop_gradient(x0), asked, bound)
+            x, info = self.solve(params, data, jax.lax.stop_gradient(x0), asked, bound)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -67,9 +71,11 @@ def solution_map(solve: Callable, spec: Spec, with_info: bool) -> Callable:
             ) from error
         if cold:
             say_if_unsolved("tol", tol, info)
-        return (x, jax.lax.stop_gradient(info)) if with_info else x
+        return (x, jax.lax.stop_gradient(info)) if self.with_info else x
 
-    return solution
+    def solve(self, params, data, x0, tol, bound: Bound) -> Any:
+        """(x, info), differentiable in params and data; here once, in reverse mode."""
+        return once(self.spec, params, data, x0, tol, bound)
 
 
 class Bound(NamedTuple):

@@ -51,6 +51,7 @@ class SupportSystem(SmoothSystem):
     step: Any  # of the forward-backward map that tells the indices
     policy: Policy
     solved: Any = None  # residual of the solve
+    outside: Any = False  # whether x is where a correction left the set on which this system holds
 
     def adjoint(self, loss_gradient, start, tol) -> Adjoint:
         """H_SS q_S = (grad loss)_S with the biactive unknowns that the policy lets move."""
@@ -122,7 +123,7 @@ class SupportSystem(SmoothSystem):
         after, rounding = self._proven_residual(x), trees.eps(self.x) * trees.norm(self.x) / self.step * 64
         outside = ~(after <= jnp.maximum(self.solved, rounding))
         residual_ratio = jnp.where(outside | ~acceptable(adjoint.info.status), jnp.inf, found.residual_ratio)
-        system = replace(found.system, x=x, residual=after)
+        system = replace(found.system, x=x, residual=after, outside=outside)
         improved = found.adjoint._replace(q=support.project(found.adjoint.q))
         halfway = _point(support, *(support.project(part) for part in found.halfway))
         return found._replace(
@@ -148,7 +149,8 @@ class SupportSystem(SmoothSystem):
         return _point(self.view, self.x, adjoint.q)
 
     def distance(self, proven, corrected: bool):
-        return super().distance(proven, True)
+        (likely,), spent = super().distance(proven, True)
+        return (jnp.where(self.outside, jnp.inf, likely),), spent
 
     def kept(self):
         return self.step

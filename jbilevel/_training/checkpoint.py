@@ -2,131 +2,187 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from dataclasses import fields, is_dataclass, replace
-from functools import partial
+import errno
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import jax
 import numpy as np
 
-from jbilevel._core import io
-from jbilevel._training import stepping
+from jbilevel._core import files, io
+from jbilevel._training import fingerprint, stepping
 from jbilevel._training.batches import Source
 from jbilevel._training.log import History
-from jbilevel._training.stepping import Run
+from jbilevel._training.stepping import Best, Run
 
 KIND = "checkpoint of jbilevel.fit"
+ENTRIES = ("steps", "done", "stationary", "samples", "warm", "best", "run")  # of the metadata
+PARAMS = "the params to start from"
+OTHER = "give another path or delete the file"
 
 
 class Checkpoint:
     """The file of one run of ``method``; without a path nothing is ever written, and nothing found.
 
-    Where batches change, the state's warm start is not written: each step makes it from the store of warm starts.
+    Where batches change, a step makes its warm start from the store of warm starts; the state's own is that of the last
+    batch, kept for whoever reads the result.
     """
 
-    def __init__(self, path, method, source: Source, every: int):
+    def __init__(self, path, method, source: Source, every: int, resume: bool | str = True):
         self.file = None if path is None else _file(path)
-        self.method, self.source, self.every, self.written = method, source, every, 0
-        self.origin = {"batches": "changing" if source.changing else "full", **describe(method, "method")}
+        self.method, self.source, self.every, self.resume, self.written = method, source, every, resume, 0
+        self.origin: dict[str, Any] = {}  # what makes this run the run it is
 
-    def open(self, params) -> tuple[Run, History]:
-        """The run as the file has it, or one that begins at ``params``."""
-        if self.file is None or not self.file.exists():
-            return Run.at(stepping.init(self.method, params, self.source.first)), History()
-        run, history = self._resume(params)
-        self.written = run.steps
-        return run, history
+    def open(self, params, check: Callable[[], None]) -> tuple[Run, History]:
+        """The run as the file has it, or one that begins at ``params``; ``check`` may raise while it is compiled."""
+        if self.file is not None:
+            files.remove_leftovers(self.file)
+            self.origin = {
+                "batches": "changing" if self.source.changing else "full",
+                "method": fingerprint.describe(self.method),
+                "data": fingerprint.leaves(self.source.first),
+                "params": fingerprint.leaves(params),
+                "versions": fingerprint.versions(),
+            }
+            if self.resume is not False and self.file.exists():
+                run, history = self._resume(params)
+                self.written = run.steps
+                return run, history
+            self.require_writable()
+        start = self.method, params, self.source.first
+        stepping.compile_apart(stepping.init, *start, check=check)
+        return Run.at(stepping.init(*start)), History()
+
+    def require_writable(self) -> None:
+        """OSError before the first step, instead of after it."""
+        if self.file is not None:
+            files.require_writable(self.file, "checkpoint")
 
     def save_if_due(self, run: Run, history: History) -> None:
         if run.steps % self.every == 0:
             self.save(run, history)
 
     def save(self, run: Run, history: History) -> None:
-        """Write the run unless the file has it already."""
+        """Write the run unless the file has it already. Raises `files.WriteError`."""
         if self.file is None or self.written == run.steps:
             return
+        warm = jax.tree.leaves(run.state.warm) if self.source.changing else []
         content = {
             "state": replace(run.state, warm=None) if self.source.changing else run.state,
+            "warm": warm,
+            "best": run.best and run.best._asdict(),
             "history": history.arrays(run.steps),
             "index": np.array(list(run.store), dtype=np.int64),
-            "warm": [np.stack(column) for column in zip(*run.store.values(), strict=True)],  # by leaf
+            "store": [np.stack(column) for column in zip(*run.store.values(), strict=True)],  # by leaf
         }
-        meta = {"kind": KIND, "steps": run.steps, "done": run.done, "samples": len(run.store), "made by": self.origin}
+        meta = {
+            "kind": KIND,
+            "steps": run.steps,
+            "done": run.done,
+            "stationary": run.stationary,
+            "samples": len(run.store),
+            "warm": [leaf.shape for leaf in warm],
+            "best": run.best is not None,
+            "run": self.origin,
+        }
         io.save(self.file, content, meta)
         self.written = run.steps
 
     def _resume(self, params) -> tuple[Run, History]:
         meta = io.read_meta(self.file)
-        cure = "give another path or delete the file"
         if meta.get("kind") != KIND:
-            raise ValueError(f"checkpoint={self.file} is no checkpoint of fit; {cure}.")
-        self._same_origin(meta["made by"], cure)
+            raise ValueError(f"checkpoint={self.file} is no checkpoint of fit; {OTHER}.")
+        if missing := [name for name in ENTRIES if name not in meta]:
+            raise ValueError(f"checkpoint={self.file} is of another version of jbilevel, without {missing}; {OTHER}.")
+        if self.resume != "force":
+            self._require_same(meta["run"])
         template = jax.eval_shape(lambda p, batch: stepping.init(self.method, p, batch), params, self.source.first)
         try:
             content, _ = io.load(self.file, self._like(template, meta))
         except ValueError as error:
-            raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {cure}.") from error
-        history = History(content["history"])
-        state = content["state"]
-        if self.source.changing and template.warm is not None:
-            state = replace(state, warm=stepping.cold(self.method, state.params, self.source.first))
-        store = dict(zip(content["index"].tolist(), zip(*content["warm"], strict=True), strict=True))
-        work = history.last("work", 0.0)
-        return Run(state=state, steps=meta["steps"], work=work, done=meta["done"], store=store), history
+            raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {OTHER}.") from error
+        history, state = History(content["history"]), content["state"]
+        other = list(fingerprint.between_leaves(meta["run"]["params"], self.origin["params"], PARAMS))
+        if self.resume != "force" and other and self.origin["params"] != fingerprint.leaves(state.params):
+            self._refuse(other)
+        if self.source.changing:
+            warm = jax.tree.unflatten(jax.tree.structure(template.warm), content["warm"])
+            state = replace(state, warm=warm)
+        run = Run(
+            state=state,
+            steps=meta["steps"],
+            work=history.last("work", 0.0),
+            done=meta["done"],
+            stationary=meta["stationary"],
+            store=dict(zip(content["index"].tolist(), zip(*content["store"], strict=True), strict=True)),
+            best=content["best"] and Best(**content["best"]),
+        )
+        return run, history
 
-    def _same_origin(self, made_by: dict, cure: str) -> None:
-        keys = [key for key in dict.fromkeys([*self.origin, *made_by]) if self.origin.get(key) != made_by.get(key)]
-        if keys:
-            changes = "; ".join(f"{key} was {made_by.get(key)}, now {self.origin.get(key)}" for key in keys[:3])
-            raise ValueError(f"checkpoint={self.file} comes from another run: {changes}; {cure}.")
+    def _require_same(self, before: dict[str, Any]) -> None:
+        """ValueError where the file is of another run; a warning where only code or versions differ."""
+        now = self.origin
+        versions = {name: (before["versions"].get(name), new) for name, new in now["versions"].items()}
+        same_code = versions["python"][0] == versions["python"][1]
+        found = list(fingerprint.between(before["method"], now["method"], "the method", same_code))
+        if before["batches"] != now["batches"]:
+            found.append(fingerprint.Difference("`batches`", before["batches"], now["batches"]))
+        data = "the data of the first batch" if self.source.changing else "the data"
+        found += fingerprint.between_leaves(before["data"], now["data"], data)
+        shapes, wanted = fingerprint.shapes(before["params"]), fingerprint.shapes(now["params"])
+        found += fingerprint.between_leaves(shapes, wanted, PARAMS)
+        self._refuse(difference for difference in found if not difference.code_only)
+        texts = [f"the code of {difference.what} has changed" for difference in found]
+        texts += [f"{name} was {old}, now is {new}" for name, (old, new) in versions.items() if old != new]
+        if texts:
+            warnings.warn(
+                f"the run goes on from checkpoint={self.file}, but {'; '.join(texts)}: its numbers may no longer be "
+                "those of an uninterrupted run.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _refuse(self, differences) -> None:
+        found = [str(difference) for difference in differences]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ValueError(
+                f"checkpoint={self.file} is of another run, which differs in {'; '.join(found[:3])}{more}; {OTHER}, or "
+                'pass resume="force" to go on from it nevertheless.'
+            )
 
     def _like(self, template, meta) -> dict[str, Any]:
         """What the file must hold to belong to this run."""
-        samples = meta["samples"]
-        empty = History().arrays()
-        rows = [np.zeros((samples, *leaf.shape[1:]), leaf.dtype) for leaf in jax.tree.leaves(template.warm) if samples]
+        samples, changing = meta["samples"], self.source.changing
+        warm = jax.tree.leaves(template.warm)
+        shapes = zip(meta["warm"], warm, strict=True) if changing else ()
         return {
-            "state": replace(template, warm=None) if self.source.changing else template,
-            "history": {name: np.zeros((meta["steps"],), column.dtype) for name, column in empty.items()},
-            "index": np.zeros((samples,), np.int64),
-            "warm": rows,
+            "state": replace(template, warm=None) if changing else template,
+            "warm": [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in shapes],
+            "best": {"params": template.params, "value": 0.0} if meta["best"] else None,
+            "history": {name: np.zeros(meta["steps"], column.dtype) for name, column in History().arrays().items()},
+            "index": np.zeros(samples, np.int64),
+            "store": [np.zeros((samples, *leaf.shape[1:]), leaf.dtype) for leaf in warm if samples],
         }
 
 
-def describe(thing, name: str) -> dict[str, str]:
-    """Class and settings of a method in words that are the same in every process."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        parts = [describe(vars(thing)[f.name], f"{name}.{f.name}") for f in fields(thing) if f.compare]
-        return {name: type(thing).__name__} | {key: text for part in parts for key, text in part.items()}
-    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", _spelt(thing))}
-
-
-def _spelt(thing: Any) -> str:
-    """All of a thing inside another one: what the repr of objects leaves out tells two runs apart."""
-    kind = type(thing)
-    if is_dataclass(kind):
-        inside = (f"{f.name}={_spelt(vars(thing)[f.name])}" for f in fields(kind) if f.compare)
-        return f"{kind.__qualname__}({', '.join(inside)})"
-    if issubclass(kind, tuple) and kind is not tuple:  # a named one
-        return f"{kind.__qualname__}({', '.join(f'{name}={_spelt(v)}' for name, v in thing._asdict().items())})"
-    if kind is tuple:
-        return f"({', '.join(map(_spelt, thing))}{',' if len(thing) == 1 else ''})"
-    if isinstance(thing, partial):
-        given = [*map(_spelt, thing.args), *(f"{key}={_spelt(value)}" for key, value in thing.keywords.items())]
-        return f"functools.partial({', '.join([_spelt(thing.func), *given])})"
-    if isinstance(thing, bytes):  # the numbers of an array
-        return f"sha256 {hashlib.sha256(thing).hexdigest()}"
-    if isinstance(thing, MethodType):
-        return f"<bound method {thing.__func__.__qualname__} of {_spelt(thing.__self__)}>"
-    return repr(thing)
-
-
 def _file(path) -> Path:
+    """The file that ``checkpoint`` names, in a folder that is there."""
     path = Path(path)
     path = path / "checkpoint.npz" if path.is_dir() or not path.suffix else path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.stat()
+    except FileNotFoundError:  # not yet written
+        pass
+    except FileExistsError as error:
+        sentence = f"`checkpoint`={path} needs a folder where a file or a loop of symbolic links is; give another path."
+        raise NotADirectoryError(errno.ENOTDIR, sentence) from error
+    except OSError as error:
+        raise OSError(error.errno, f"`checkpoint`={path} is no file: {error.strerror}; give another path.") from error
     return path

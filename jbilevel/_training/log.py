@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 
 import numpy as np
 from tqdm import tqdm
 
+from jbilevel._core import files
 from jbilevel._core.results import Status
 from jbilevel._training.stepping import REPORTED, Run, Taken
 
@@ -42,23 +44,31 @@ class History:
         if not failed:
             return ""
         worst = Status(max(failed))
-        return f" In {len(failed)} of {len(codes)} steps a solve failed, at worst {worst.name}: {worst.message}"
+        return f"In {len(failed)} of {len(codes)} steps a solve failed, at worst {worst.name}: {worst.message}"
 
 
 class Log:
     """The history as CSV, written anew at the start: after a kill the file may be ahead of the checkpoint."""
 
     def __init__(self, path):
-        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.path, self.file = path, open(path, "w", newline="", encoding="utf-8")
         self.table = csv.writer(self.file)
         self.table.writerow(("iteration", *COLUMNS))
         self.lines = 0
 
     def write(self, history: History) -> None:
-        for row in history.rows[self.lines :]:
-            self.table.writerow((self.lines, *row))
-            self.lines += 1
-        self.file.flush()
+        """Raises `files.WriteError`."""
+        try:
+            for row in history.rows[self.lines :]:
+                self.table.writerow((self.lines, *row))
+                self.lines += 1
+            self.file.flush()
+        except OSError as error:
+            raise files.unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self.file.close()
 
 
 class Progress:
@@ -79,6 +89,8 @@ class Progress:
 
     def close(self, history: History) -> None:
         self.bar.close()
-        self.write(history)
-        if self.log is not None:
-            self.log.file.close()
+        try:
+            self.write(history)
+        finally:
+            if self.log is not None:
+                self.log.close()

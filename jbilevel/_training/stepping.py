@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jbilevel._core import trees
-from jbilevel._core.results import StepInfo
+from jbilevel._core.results import Status, StepInfo
 from jbilevel._method.base import Method, MethodState
 
 REPORTED = ("value", "grad_norm", "error", "step", "tol", "adjoint_tol")  # fields of StepInfo that may be None
+PARTS = ("value", "gradient", "parameters")  # of a step that have to be finite
+
+
+class Best(NamedTuple):
+    """The parameters at which the least value was seen."""
+
+    params: Any
+    value: float
 
 
 class Run(NamedTuple):
@@ -23,17 +32,31 @@ class Run(NamedTuple):
     steps: int
     work: float
     done: bool
+    stationary: bool  # whether a method that is done showed its gradient to be small
     store: dict[int, tuple]  # warm start of each sample seen: host arrays, one per leaf; never changed in place
+    best: Best | None  # None: no value yet, or none that could be compared
 
     @classmethod
     def at(cls, state: MethodState) -> Run:
-        return cls(state, steps=0, work=0.0, done=False, store={})
+        return cls(state, steps=0, work=0.0, done=False, stationary=False, store={}, best=None)
+
+    def after(self, taken: Taken, store: dict[int, tuple], compared: bool) -> Run:
+        """The run with one more step; ``compared``: whether values of different steps can be, as on a full batch."""
+        return Run(
+            taken.state,
+            steps=self.steps + 1,
+            work=self.work + float(taken.info.work),
+            done=bool(taken.info.done),
+            stationary=bool(taken.info.stationary),
+            store=store,
+            best=better(self.best, self.state.params, taken.info) if compared else None,
+        )
 
 
 class Taken(NamedTuple):
     state: MethodState
     info: StepInfo  # on the host
-    finite: bool  # whether the value and the new parameters are
+    broken: str | None  # what is not finite: "value", "gradient" or "parameters"
     seconds: float  # without compilation
 
 
@@ -59,7 +82,17 @@ def _step(method: Method, state: MethodState, batch):
     numbers = info._asdict()
     new, info = strong(new), info._replace(**{name: jnp.nan for name in REPORTED if numbers[name] is None})
     _same_types(state, new)
-    return new, info, trees.all_finite(new.params) & jnp.isfinite(info.value)
+    slope = 0.0 if numbers["grad_norm"] is None else info.grad_norm
+    finite = jnp.isfinite(info.value), jnp.isfinite(slope), trees.all_finite(new.params)
+    return new, info, dict(zip(PARTS, finite, strict=True))
+
+
+def compile_apart(function, *arguments, check: Callable[[], None]) -> None:
+    """Compile a jitted function, which JAX keeps for the call itself; ``check`` may raise between trace and code."""
+    lowered = function.lower(*arguments)
+    check()
+    lowered.compile()
+    check()
 
 
 class Stepper:
@@ -68,20 +101,27 @@ class Stepper:
     def __init__(self, method: Method):
         self.method, self.compile_seconds, self._compiled = method, 0.0, set()
 
-    def __call__(self, state: MethodState, batch) -> Taken:
-        self._compile(state, batch)
-        began = time.perf_counter()
-        state, *reported = _step(self.method, state, batch)
-        info, finite = jax.device_get(reported)
-        return Taken(state, info, bool(finite), time.perf_counter() - began)
-
-    def _compile(self, state, batch) -> None:
+    def __call__(self, state: MethodState, batch, check: Callable[[], None] = lambda: None) -> Taken:
+        """One step; ``check`` may raise where it is interrupted while it is compiled."""
         shapes = jax.tree.structure(batch), tuple(map(jax.typeof, jax.tree.leaves(batch)))
         if shapes not in self._compiled:
             began = time.perf_counter()
-            _step.lower(self.method, state, batch).compile()  # kept by JAX for the call itself
+            compile_apart(_step, self.method, state, batch, check=check)
             self.compile_seconds += time.perf_counter() - began
             self._compiled.add(shapes)
+        began = time.perf_counter()
+        state, *reported = _step(self.method, state, batch)
+        info, finite = jax.device_get(reported)
+        seconds = time.perf_counter() - began
+        return Taken(state, info, next((what for what in PARTS if not finite[what]), None), seconds)
+
+
+def better(best: Best | None, params, info: StepInfo) -> Best | None:
+    """``best``, or the parameters that a step began with, where their value is less and comes from sound solves."""
+    value = float(info.value)
+    if info.status > Status.PRECISION or (best is not None and best.value <= value):
+        return best
+    return Best(params, value)
 
 
 def strong(tree):

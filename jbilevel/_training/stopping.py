@@ -6,8 +6,10 @@ import math
 from typing import NamedTuple
 
 from jbilevel._core.results import Status
-from jbilevel._training.log import History
-from jbilevel._training.stepping import Run
+from jbilevel._training.log import COLUMNS, History
+from jbilevel._training.stepping import Run, Taken
+
+SMALL = 1e-6  # a gradient norm, relative to the largest
 
 
 class Rules(NamedTuple):
@@ -17,25 +19,53 @@ class Rules(NamedTuple):
     grad_norm_below: float
     work_budget: float
 
-    def met(self, run: Run, history: History) -> str | None:
-        """The sentence of the first rule that is met, None where none is."""
+    def met(self, run: Run, history: History) -> tuple[str, str] | None:
+        """(name of a `FitStatus`, sentence) of the first rule that is met, None where none is."""
         value, slope = (history.last(name, math.inf) for name in ("value", "grad_norm"))
         rules = (
-            (run.done, "The method cannot improve any further"),
-            (value < self.value_below, f"The value {value:.6g} is below {self.value_below:.6g}"),
+            (run.done, *_done(run, history)),
+            (value < self.value_below, "CONVERGED", f"The value {value:.6g} is below {self.value_below:.6g}"),
             (
                 slope < self.grad_norm_below,
+                "CONVERGED",
                 f"The gradient norm {slope:.6g} is below {self.grad_norm_below:.6g}",
             ),
-            (run.work >= self.work_budget, f"The work budget of {self.work_budget:.6g} gradient-equivalents is spent"),
+            (
+                run.work >= self.work_budget,
+                "FINISHED",
+                f"The work budget of {self.work_budget:.6g} gradient-equivalents is spent",
+            ),
         )
-        reason = next((reason for met, reason in rules if met), None)
-        return reason and f"{reason} after {run.steps} steps (work {run.work:.6g})."
+        found = next(((name, reason) for met, name, reason in rules if met), None)
+        return found and (found[0], f"{found[1]} after {run.steps} steps (work {run.work:.6g}).")
 
 
-def failure(step: int, info) -> str:
+def _done(run: Run, history: History) -> tuple[str, str]:
+    """Converged only where the gradient was shown to be small: by the method, or against the largest one met."""
+    norms = [row[COLUMNS.index("grad_norm")] for row in history.rows]
+    slope = norms[-1] if norms else math.nan
+    if run.stationary or (norms and slope <= SMALL * max(norms)):
+        return "CONVERGED", "The method cannot improve any further"
+    return "STALLED", (
+        f"The method cannot go on though its gradient, of norm {slope:.3g}, was not shown to be small (its first step "
+        "is too long, solves fail, or the gradient is wrong): stalled"
+    )
+
+
+def failure(step: int, taken: Taken) -> str:
     """What was not finite after a step, and its worst solve."""
-    value, code = float(info.value), int(info.status)
-    what = "new parameters that are not finite" if math.isfinite(value) else f"the value {value}"
+    value, code = float(taken.info.value), int(taken.info.status)
+    what = {"value": f"the value {value}", "gradient": "a gradient that is not finite"}.get(
+        taken.broken or "", "new parameters that are not finite"
+    )
     cause = f" Worst solve, {Status(code).name}: {Status(code).message}" if code in list(Status) else ""
     return f"Step {step} gave {what}; the state is the one before it.{cause}"
+
+
+def rise(history: History, changing: bool) -> str:
+    """A sentence where the last value is above the first."""
+    values = [row[COLUMNS.index("value")] for row in history.rows]
+    if not values or not values[-1] > values[0]:
+        return ""
+    apart = ", each that of its own batch" if changing else ""
+    return f"But the value rose from {values[0]:.6g} to {values[-1]:.6g}{apart}."

@@ -28,6 +28,10 @@ def restart(method, run: Run, batch) -> tuple[Any, list[int] | None]:
     if not (isinstance(batch, Mapping) and "index" in batch):
         return replace(run.state, warm=start), None
     index = np.asarray(batch["index"])
+    if np.any(index < 0):
+        raise ValueError(
+            "batch['index'] names samples and must not be negative; padding has the weight 0 in batch['sample_weight']."
+        )
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
         raise ValueError(f"batch['index'] must hold one integer per sample, got {index.dtype} of shape {index.shape}.")
     return replace(run.state, warm=_recalled(run.store, start, index)), index.tolist()
@@ -38,7 +42,7 @@ def remember(store: Store, index: list[int] | None, warm) -> Store:
     if index is None:
         return store
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(warm)]
-    rows = {sample: tuple(np.array(leaf[i]) for leaf in leaves) for i, sample in enumerate(index) if sample >= 0}
+    rows = {sample: tuple(np.array(leaf[i]) for leaf in leaves) for i, sample in enumerate(index)}
     lost = {sample for sample, row in rows.items() if not all(np.isfinite(leaf).all() for leaf in row)}
     return {sample: row for sample, row in (store | rows).items() if sample not in lost}
 

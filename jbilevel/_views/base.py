@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jbilevel._core import validate
 from jbilevel._core.contracts import Contract
+from jbilevel._core.results import RUNNING
 
 
 class View(Contract, abstract="jb.View"):
@@ -32,13 +34,14 @@ class View(Contract, abstract="jb.View"):
     def error_bound(self, residual) -> Any:
         """Proven bound on ``||x - x_hat||_2`` from the residual that the solver reports, inf where there is none."""
 
-    def concave(self, x) -> Any:
-        """Whether the energy is seen to curve down at x, which is no minimum then; None where nothing is looked at."""
+    def concave_at(self) -> Callable | None:
+        """``x -> whether the energy is seen to curve down at x``, which is no minimum then; None: nobody looks."""
         return None
 
-    def contradicts(self, start, end) -> Any:
-        """Whether two iterates, with gradients, disprove the modulus of strong convexity; None where there is none."""
-        return None
+    def contradiction(self, start, end, least_curvature) -> Any:
+        """The `Status` of a constant that two iterates, with their gradients, and the smallest curvature that was seen
+        disprove; RUNNING where none is."""
+        return RUNNING
 
     def single(self, x) -> View | None:
         """The same problem in float32, for solves that start in it; None where there is none for this x."""

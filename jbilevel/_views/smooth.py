@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.constants import Constants
+from jbilevel._core.results import RUNNING, Status
 from jbilevel._views.base import View
 
 
@@ -31,7 +32,7 @@ class QuadraticModel(NamedTuple):
 
 
 NOISE = 64.0  # of curvatures, in units of rounding
-EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
+EXCESS = 1e-3  # by which a constant is off before it is called wrong
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SmoothView(View):
     value: Callable
     constants: Constants
     reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
+    inputs: tuple | None = None  # (params, data), for preconditioners
 
     def single(self, x):
         """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""
@@ -89,26 +91,32 @@ class SmoothView(View):
                 raise
             return trees.dot(jax.grad(self.value)(x), direction)
 
-    def concave(self, x):
+    def concave_at(self):
         """By one Hessian product with a fixed random vector, where no modulus of convexity is known."""
-        if self.constants.strong_convexity is not None:
-            return None
+        return self._concave if self.constants.strong_convexity is None else None
+
+    def _concave(self, x):
         direction = trees.random_like(x, 0)
         image = self.linearize(x)[2](direction)
         noise = NOISE * trees.eps(x) * trees.norm(direction) * trees.norm(image)
         return trees.dot(direction, image) < -noise
 
-    def contradicts(self, start, end):
-        """<change of gradient, change of x> >= mu ||change of x||^2 for every strongly convex energy."""
-        mu = self.constants.strong_convexity
-        if mu is None:
-            return None
-        move, change = trees.sub(end.x, start.x), trees.sub(end.gradient, start.gradient)
-        squared = trees.squared_norm(move)
-        size = trees.norm(end.x) + trees.norm(start.x)
-        steepness = trees.norm(change) + mu * jnp.sqrt(squared)
-        noise = NOISE * trees.eps(end.x) * (steepness + end.curvature * size) * jnp.sqrt(squared)
-        return trees.dot(change, move) < (1 - EXCESS) * mu * squared - noise
+    def contradiction(self, start, end, least_curvature):
+        """mu ||change of x||^2 <= <change of gradient, change of x>, and no curvature met is larger than L."""
+        mu, smoothness = self.constants.strong_convexity, self.constants.smoothness
+        status = jnp.full((), RUNNING, jnp.int32)
+        if smoothness is not None:
+            status = jnp.where(end.curvature > (1 + EXCESS) * smoothness, Status.SMOOTHNESS, status)
+        if mu is not None:
+            move, change = trees.sub(end.x, start.x), trees.sub(end.gradient, start.gradient)
+            squared = trees.squared_norm(move)
+            steepness = trees.norm(change) + end.curvature * (trees.norm(end.x) + trees.norm(start.x))
+            noise = NOISE * trees.eps(end.x) * (steepness + mu * jnp.sqrt(squared)) * jnp.sqrt(squared)
+            wrong = trees.dot(change, move) < (1 - EXCESS) * mu * squared - noise
+            eps = trees.eps(end.x) if self.single(end.x) is None else jnp.finfo(jnp.float32).eps
+            wrong = wrong | (least_curvature < (1 - EXCESS) * mu - NOISE * eps * end.curvature)
+            status = jnp.where(wrong, Status.CONVEXITY, status)
+        return status
 
     @property
     def tolerance_scale(self):

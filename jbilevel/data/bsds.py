@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .files import checked_root, missing_file
 from .matlab import read_mat
 from .pictures import read_picture
-from .samples import MAX_PIXELS, Samples, check_choice, check_limit, check_same_size, checked_root, missing_file, paired
+from .samples import MAX_PIXELS, Samples, check_choice, check_limit, check_same_size, paired
 
 _TREE = """\
   images/train/*.jpg   groundTruth/train/*.mat
@@ -76,16 +78,16 @@ def bsds500(
         keys = paired(images, drawn, f"images/{split}", f"groundTruth/{split}")
     else:
         keys = [(images[name], None) for name in sorted(images)]
+    return Samples(tuple(keys[:limit]), partial(_photograph, grey=grey, max_pixels=max_pixels))
 
-    def read(key):
-        path, drawing = key
-        image = read_picture(path, grey, max_pixels).astype(np.float32)
-        outlines = None if drawing is None else _boundaries(drawing)
-        if outlines is not None:
-            check_same_size(path, image.shape[-2:], drawing, outlines.shape[1:])
-        return Photograph(image, outlines, path.name)
 
-    return Samples(tuple(keys[:limit]), read)
+def _photograph(key, grey, max_pixels):
+    path, drawing = key
+    image = read_picture(path, grey, max_pixels)
+    outlines = None if drawing is None else _boundaries(drawing)
+    if outlines is not None:
+        check_same_size(path, image.shape[-2:], drawing, outlines.shape[1:])
+    return Photograph(image, outlines, path.name)
 
 
 def _boundaries(path):

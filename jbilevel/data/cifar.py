@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .samples import LabelledImages, check_choice, check_limit, missing_file
+from .files import missing_file
+from .samples import LabelledImages, check_choice, check_limit
 
 _FILES = {"train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test": ("test_batch.bin",)}
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

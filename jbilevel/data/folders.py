@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .files import is_entry
 from .pictures import read_picture
 from .samples import MAX_PIXELS, check_limit
 from .scikit_image import centre_crop
@@ -33,8 +34,9 @@ def image_folder(
     """Read the pictures of one folder (not of folders in it) into memory, sorted by file name.
 
     Files ending in png, jpg, jpeg, tif, tiff, bmp or webp, whatever the case, are read; other files and hidden ones
-    are not. Eight bits are divided by 255, sixteen by 65535; float pixels must lie in [0, 1] already. Pictures are
-    turned as their EXIF orientation says, alpha is dropped, colour profiles are not applied, and of a file with
+    are not. Eight bits are divided by 255, twelve by 4095, sixteen by 65535; float pixels must lie in [0, 1] already,
+    and signed ones are refused. Where a TIFF says that 0 is white, it is, in every depth. Pictures are turned as their
+    orientation says (EXIF, TIFF), alpha is dropped, neither colour profiles nor gamma are applied, and of a file with
     several pages the first is read.
 
     Args:
@@ -57,16 +59,17 @@ def image_folder(
         ImportError: Pillow is not installed.
 
     Warns:
-        UserWarning: a picture has 16 bits per colour, of which Pillow keeps 8.
+        UserWarning: a picture has 16 bits per colour, of which Pillow keeps 8; or a TIFF of 16 bits says that values
+            end where those of fewer do, such as at 4095, which by its standard does not change what they mean.
     """
     check_limit(size, "size")
     check_limit(limit)
     paths = _picture_paths(Path(root))[:limit]
     images = []
     for path in paths:
-        image = read_picture(path, grey, max_pixels)
-        image = image if size is None else centre_crop(image, size, str(path))
-        images.append(image.astype(dtype))  # a copy: a view would keep the whole picture in memory
+        image = read_picture(path, grey, max_pixels, dtype)
+        # a copy: a view would keep the whole picture in memory
+        images.append(image if size is None else centre_crop(image, size, str(path)).copy())
     return ImageFolder(images if size is None else np.stack(images), tuple(path.name for path in paths))
 
 
@@ -76,7 +79,7 @@ def _picture_paths(root):
         problem = f"{root} is not a folder"
     else:
         paths = sorted(
-            (p for p in root.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()),
+            (p for p in root.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and is_entry(p)),
             key=lambda p: p.name,
         )
         if not paths:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from .samples import LabelledImages, check_choice, check_limit, missing_file, opened
+from .files import Unusable, missing_file, named, opened, read_exactly
+from .samples import LabelledImages, check_choice, check_limit
 
 _FILES = {"train": "train", "test": "t10k"}
 _TREE = """\
   train-images-idx3-ubyte   train-labels-idx1-ubyte
   t10k-images-idx3-ubyte    t10k-labels-idx1-ubyte
 as they come, with .gz, or unpacked."""
+_MAX_BYTES = 200_000_000  # 250,000 digits, and 0.8 GB in single precision
 
 
-def mnist(root, split: str = "train", *, limit: int | None = None, max_bytes: int = 1_000_000_000) -> LabelledImages:
+def mnist(root, split: str = "train", *, limit: int | None = None, max_bytes: int = _MAX_BYTES) -> LabelledImages:
     """Handwritten digits, with the official split.
 
     Args:
@@ -41,16 +42,17 @@ def mnist(root, split: str = "train", *, limit: int | None = None, max_bytes: in
     check_choice("split", split, tuple(_FILES))
     check_limit(limit)
     stem = Path(root) / _FILES[split]
-    images, n_images = read_idx(_existing(f"{stem}-images-idx3-ubyte"), 3, limit, max_bytes)
-    labels, n_labels = read_idx(_existing(f"{stem}-labels-idx1-ubyte"), 1, limit, max_bytes)
+    image_path, label_path = _existing(f"{stem}-images-idx3-ubyte"), _existing(f"{stem}-labels-idx1-ubyte")
+    images, n_images = read_idx(image_path, 3, limit, max_bytes)
+    labels, n_labels = read_idx(label_path, 1, limit, max_bytes)
     if n_images != n_labels:
-        raise ValueError(f"{stem}-images-idx3-ubyte has {n_images} images, but its labels are {n_labels}.")
+        raise ValueError(f"{image_path} has {n_images} images, but {label_path} has {n_labels} labels.")
     if labels.max() > 9:
-        raise ValueError(f"{stem}-labels-idx1-ubyte has the label {labels.max()}: digits are 0, ..., 9.")
+        raise ValueError(f"{label_path} has the label {labels.max()}: digits are 0, ..., 9.")
     return LabelledImages(images / np.float32(255), labels.astype(np.int32), tuple("0123456789"))
 
 
-def read_idx(path, ndim: int, limit: int | None = None, max_bytes: int = 1_000_000_000) -> tuple[np.ndarray, int]:
+def read_idx(path, ndim: int, limit: int | None = None, max_bytes: int = _MAX_BYTES) -> tuple[np.ndarray, int]:
     """The array of uint8 in an idx file, and the length of its first axis before ``limit``.
 
     Of a packed file, no more is unpacked than what the header announces.
@@ -65,38 +67,21 @@ def read_idx(path, ndim: int, limit: int | None = None, max_bytes: int = 1_000_0
         ValueError: the file is no idx file of ``ndim`` axes of bytes, is damaged, too short, too long or too large.
     """
     path = Path(path)
-    try:
-        with opened(path) as stream:
-            head = stream.read(4 + 4 * ndim)
-            if head[:4] != bytes([0, 0, 8, ndim]) or len(head) != 4 + 4 * ndim:
-                raise ValueError(
-                    f"{path} does not begin like an idx file of bytes with {ndim} axes: it is another file."
-                )
-            shape = tuple(int(n) for n in np.frombuffer(head[4:], ">u4"))
-            total, wanted = shape[0], min(shape[0], limit or shape[0])
-            size = wanted * math.prod(shape[1:])
-            if not size:
-                raise ValueError(f"{path} is empty: its shape is {shape}.")
-            if size > max_bytes:
-                raise ValueError(f"{path} announces the shape {shape}, more than `max_bytes`={max_bytes}: set `limit`.")
-            content = _read_up_to(stream, size)
-            extra = stream.read(1) if wanted == total else b""
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}. Download it again.") from error
-    if len(content) != size or extra:
-        raise ValueError(
-            f"{path} is {'longer' if extra else 'shorter'} than its shape {shape} says: download it again."
-        )
+    with named(path, f"idx file of bytes with {ndim} axes"), opened(path) as stream:
+        head = stream.read(4 + 4 * ndim)
+        if head[:4] != bytes([0, 0, 8, ndim]) or len(head) != 4 + 4 * ndim:
+            raise Unusable(f"does not begin like an idx file of bytes with {ndim} axes: it is another file.")
+        shape = tuple(int(n) for n in np.frombuffer(head[4:], ">u4"))
+        total, wanted = shape[0], min(shape[0], limit or shape[0])
+        size = wanted * math.prod(shape[1:])
+        if not size:
+            raise Unusable(f"is empty: its shape is {shape}.")
+        if size > max_bytes:
+            raise Unusable(f"announces the shape {shape}, more than `max_bytes`={max_bytes}: set `limit`.")
+        content = read_exactly(stream, size)
+        if wanted == total and stream.read(1):  # the end, at which gzip compares its checksum
+            raise Unusable(f"is longer than its shape {shape} says: download it again.")
     return np.frombuffer(content, np.uint8).reshape(wanted, *shape[1:]), total
-
-
-def _read_up_to(stream, size, block=1 << 24):
-    """In blocks, so that memory grows with what is there and not with what the header announces."""
-    parts = []
-    while size and (part := stream.read(min(size, block))):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 def _existing(path):

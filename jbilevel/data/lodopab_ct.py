@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import zlib
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from .samples import Samples, check_choice, check_limit, checked_root, missing_file, optional_package, paired
+from .files import Unusable, checked_root, missing_file, named, optional_package, read_text
+from .samples import Samples, check_choice, check_limit, paired
 
 _TREE = """\
   ground_truth_train_000.hdf5 ...   observation_train_000.hdf5 ...   (patient_ids_rand_train.csv)
 and the same for validation and test: the archives, unpacked into one folder."""
 _MAX_VALUES = 10_000_000  # of one slice or its measurement
-_MAX_CHUNK_BYTES = 1_000_000_000
-_FILTERS = {1, 2, 3, 32000}  # deflate, shuffle, checksum, LZF: any other would be looked for as a plug-in
+_MAX_SLICES = 10_000  # of one file
+_MAX_CHUNK_BYTES = 300_000_000  # a whole file of 128 measurements has 263 MB
+_DEFLATE = 1
+_FILTERS = {_DEFLATE, 2, 3}  # and shuffle, checksum: others unpack to no known size, or are looked for as a plug-in
+_HARMLESS = 200_000  # bytes of deflate: they grow to a thousand times as many at most
 
 
 class Scan(NamedTuple):
@@ -71,14 +77,16 @@ def lodopab(root, split: str = "train", *, limit: int | None = None) -> Samples:
         keys += [(truth, observation, int(truth.stem[-3:]) * 128 + k, k) for k in range(n)]
         if limit is not None and len(keys) >= limit:
             break
-    patients = _patients(root / f"patient_ids_rand_{split}.csv")
+    patients = root / f"patient_ids_rand_{split}.csv"
+    return Samples(tuple(keys[:limit]), partial(_scan, patients=_patients(patients), source=patients))
 
-    def read(key):
-        truth, observation, number, k = key
-        patient = -1 if patients is None else _entry(patients, number, root)
-        return Scan(_slice(truth, k), _slice(observation, k), patient, f"{truth.name}[{k}]")
 
-    return Samples(tuple(keys[:limit]), read)
+def _scan(key, patients, source):
+    truth, observation, number, k = key
+    if patients is not None and number >= len(patients):
+        raise ValueError(f"{source} has {len(patients)} entries, none for slice {number}.")
+    patient = -1 if patients is None else patients[number]
+    return Scan(_slice(truth, k), _slice(observation, k), patient, f"{truth.name}[{k}]")
 
 
 def _files(root, kind, split):
@@ -90,7 +98,11 @@ def _length(path):
 
 
 def _slice(path, k):
-    values = _with_data(path, lambda data: data[k])
+    def read(data):
+        _check_chunks(data, k)
+        return data[k]
+
+    values = _with_data(path, read)
     if not np.all(np.isfinite(values)):
         raise ValueError(f"{path} has values that are NaN or infinite in slice {k}.")
     return np.asarray(values, np.float32)
@@ -99,28 +111,30 @@ def _slice(path, k):
 def _with_data(path, use):
     """``use`` of the array called data in an HDF5 file, once it is known to be what it should be."""
     h5py = optional_package("h5py", "medical")
-    try:
-        with h5py.File(path, "r") as file:
-            link = file.get("data", getlink=True)
-            if not isinstance(link, h5py.HardLink) or not isinstance(file["data"], h5py.Dataset):
-                raise _Unexpected("has no array called data of its own")
-            data = file["data"]
-            if data.external or data.is_virtual:
-                raise _Unexpected("takes its data from other files")
-            if data.ndim != 3 or data.dtype.kind != "f" or math.prod(data.shape[1:]) not in range(1, _MAX_VALUES + 1):
-                raise _Unexpected(f"has data of shape {data.shape} and dtype {data.dtype}, not a stack of float images")
-            if data.chunks and math.prod(data.chunks) * data.dtype.itemsize > _MAX_CHUNK_BYTES:
-                raise _Unexpected(f"is packed in chunks of shape {data.chunks}, too large to unpack")
-            properties = data.id.get_create_plist()
-            if not {properties.get_filter(i)[0] for i in range(properties.get_nfilters())} <= _FILTERS:
-                raise _Unexpected("is packed in a way that needs a plug-in")
-            if not _complete(data):
-                raise _Unexpected(f"does not hold all of its shape {data.shape}, and HDF5 would fill in zeros")
-            return use(data)
-    except _Unexpected as error:
-        raise ValueError(f"{path} {error}: it is no file of LoDoPaB-CT.") from None
-    except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, truncated or no HDF5 file: {error}") from error
+    with named(path, "HDF5 file of LoDoPaB-CT"), h5py.File(path, "r") as file:
+        link = file.get("data", getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file["data"], h5py.Dataset):
+            raise Unusable("has no array called data of its own.")
+        data = file["data"]
+        if data.external or data.is_virtual:
+            raise Unusable("takes its data from other files.")
+        if data.ndim != 3 or data.dtype.kind != "f" or math.prod(data.shape[1:]) not in range(1, _MAX_VALUES + 1):
+            raise Unusable(f"has data of shape {data.shape} and dtype {data.dtype}, not a stack of float images.")
+        if data.shape[0] > _MAX_SLICES:
+            raise Unusable(f"has data of shape {data.shape}: no file of LoDoPaB-CT has so many slices.")
+        if data.chunks and math.prod(data.chunks) * data.dtype.itemsize > _MAX_CHUNK_BYTES:
+            raise Unusable(f"is packed in chunks of shape {data.chunks}, too large to unpack.")
+        filters = _filters(data)
+        if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
+            raise Unusable("is packed in another way than by deflate: unpack it with h5repack.")
+        if not _complete(data):
+            raise Unusable(f"does not hold all of its shape {data.shape}, and HDF5 would fill in zeros.")
+        return use(data)
+
+
+def _filters(data):
+    properties = data.id.get_create_plist()
+    return [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
 
 
 def _complete(data):
@@ -130,23 +144,27 @@ def _complete(data):
     return data.id.get_num_chunks() == math.prod(-(-n // m) for n, m in zip(data.shape, data.chunks, strict=True))
 
 
-class _Unexpected(Exception):
-    """A sound HDF5 file of another form."""
+def _check_chunks(data, k):
+    """HDF5 unpacks a deflated chunk to wherever it ends, whatever its size should be: refuse one that is longer."""
+    filters = _filters(data)
+    if not data.chunks or _DEFLATE not in filters:
+        return
+    size = math.prod(data.chunks) * data.dtype.itemsize + 8  # and a checksum
+    depth, *sides = data.chunks
+    grid = np.ndindex(*(-(-n // side) for n, side in zip(data.shape[1:], sides, strict=True)))
+    for place in grid:
+        start = (k - k % depth, *(i * side for i, side in zip(place, sides, strict=True)))
+        if data.id.get_chunk_info_by_coord(start).size <= _HARMLESS:
+            continue
+        left_out, content = data.id.read_direct_chunk(start)
+        deflated = not left_out >> filters.index(_DEFLATE) & 1
+        if deflated and len(zlib.decompressobj().decompress(content, size + 1)) > size:
+            raise Unusable(f"has a chunk that unpacks to more than its shape {data.chunks}.")
 
 
 def _patients(path):
     """The first column of the list of patients, by number of the slice; None where there is no list."""
     if not path.is_file():
         return None
-    if path.stat().st_size > 10_000_000:
-        raise ValueError(f"{path} is larger than a list of patients.")
-    try:
-        return [int(line.split(",")[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"{path} is no list of numbers of patients: {error}") from error
-
-
-def _entry(patients, number, root):
-    if number >= len(patients):
-        raise ValueError(f"the list of patients in {root} has {len(patients)} entries, none for slice {number}.")
-    return patients[number]
+    with named(path, "list of numbers of patients"):
+        return tuple(int(line.split(",")[0]) for line in read_text(path).splitlines() if line.strip())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from .files import checked_root, inside, read_text
 from .matlab import read_mat
 from .pictures import read_label_picture, read_picture
 from .samples import (
@@ -16,8 +18,6 @@ from .samples import (
     check_choice,
     check_limit,
     check_same_size,
-    checked_root,
-    inside,
 )
 
 _OXFORD_TREE = """\
@@ -80,23 +80,27 @@ def oxford_pets(root, split: str = "trainval", *, limit: int | None = None, max_
         paths = inside(root, f"images/{name}.jpg", source), inside(root, f"annotations/trimaps/{name}.png", source)
         keys.append((*paths, label))
         breeds[label] = name.rpartition("_")[0]
+    return Samples(tuple(keys[:limit]), partial(_pet, max_pixels=max_pixels), _names(breeds))
 
-    def read(key):
-        image_path, trimap_path, label = key
-        image = read_picture(image_path, False, max_pixels).astype(np.float32)
-        trimap = read_label_picture(trimap_path, max_pixels)
-        check_same_size(image_path, image.shape[-2:], trimap_path, trimap.shape)
-        if not np.all((trimap >= 1) & (trimap <= 3)):
-            raise ValueError(f"{trimap_path} has values other than 1 (pet), 2 (background) and 3 (border).")
-        return Pet(image, label, np.array([0, 1, 0, IGNORED], np.uint8)[trimap], image_path.name)
 
-    return Samples(tuple(keys[:limit]), read, tuple(breeds.get(k, "") for k in range(max(breeds) + 1)))
+def _pet(key, max_pixels):
+    image_path, trimap_path, label = key
+    image = read_picture(image_path, False, max_pixels)
+    trimap = read_label_picture(trimap_path, max_pixels)
+    check_same_size(image_path, image.shape[-2:], trimap_path, trimap.shape)
+    if not np.all((trimap >= 1) & (trimap <= 3)):
+        raise ValueError(f"{trimap_path} has values other than 1 (pet), 2 (background) and 3 (border).")
+    return Pet(image, label, np.array([0, 1, 0, IGNORED], np.uint8)[trimap], image_path.name)
+
+
+def _names(breeds):
+    return tuple(breeds.get(k, "") for k in range(max(breeds) + 1))
 
 
 def _oxford_list(path):
     """Names and breeds, from 0, in the lines of a list: name, breed from 1, and two more numbers."""
     entries = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, _MAX_LIST_BYTES).splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -106,15 +110,6 @@ def _oxford_list(path):
     if not entries:
         raise ValueError(f"{path} is empty: unpack annotations.tar.gz again.")
     return entries
-
-
-def _text(path):
-    if path.stat().st_size > _MAX_LIST_BYTES:
-        raise ValueError(f"{path} is larger than any list of this data set.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
 
 
 def stanford_dogs(root, split: str = "train", *, limit: int | None = None, max_pixels: int = MAX_PIXELS) -> Samples:
@@ -146,8 +141,11 @@ def stanford_dogs(root, split: str = "train", *, limit: int | None = None, max_p
     content = read_mat(source, ("file_list", "labels"), _MAX_LIST_BYTES)
     try:
         names = [str(np.asarray(cell).item()) for cell in content["file_list"].ravel()]
-        labels = [int(v) - 1 for v in content["labels"].ravel()]
-    except (AttributeError, TypeError, ValueError) as error:
+        numbers = content["labels"].ravel().tolist()
+        labels = [int(v) - 1 for v in numbers]
+        if any(k + 1 != v for k, v in zip(labels, numbers, strict=True)):
+            raise ValueError("labels are whole numbers")
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{source} does not hold lists of names and numbers: {error}") from error
     if len(names) != len(labels) or not names or not all(0 <= k < 120 for k in labels):
         raise ValueError(
@@ -155,9 +153,9 @@ def stanford_dogs(root, split: str = "train", *, limit: int | None = None, max_p
         )
     keys = [(inside(root / "Images", name, source), label) for name, label in zip(names, labels, strict=True)]
     breeds = {label: path.parent.name.partition("-")[2] for path, label in keys}
+    return Samples(tuple(keys[:limit]), partial(_dog, max_pixels=max_pixels), _names(breeds))
 
-    def read(key):
-        path, label = key
-        return Labelled(read_picture(path, False, max_pixels).astype(np.float32), label, path.name)
 
-    return Samples(tuple(keys[:limit]), read, tuple(breeds.get(k, "") for k in range(max(breeds) + 1)))
+def _dog(key, max_pixels):
+    path, label = key
+    return Labelled(read_picture(path, False, max_pixels), label, path.name)

@@ -1,13 +1,11 @@
-"""What all readers share: samples that are read when they are asked for, checked folders, splits by patient."""
+"""What all readers share: samples that are read when they are asked for, splits by patient, checked arguments."""
 
 from __future__ import annotations
 
-import gzip
-import importlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,9 +62,11 @@ class Samples(Sequence):
     ``samples[i]`` reads one entry, ``samples[a:b]`` is a shorter sequence that has read nothing yet, ``select`` one of
     chosen entries; ``len`` and iteration as usual. All methods raise what the reader of an entry raises.
 
+    Those of this package can be pickled, and so be read by other processes.
+
     Attributes:
         keys: what tells the reader which entry to read, such as paths.
-        read: reads the entry of a key.
+        read: reads the entry of a key; a function of a module, or ``functools.partial`` of one, can be pickled.
         classes: names of the classes, where there are any.
 
     >>> squares = Samples((1, 2, 3, 4), lambda key: key**2)
@@ -133,37 +133,6 @@ def split_by_patient(
     return tuple([i for i, p in enumerate(patients) if part_of[p] == part] for part in range(len(shares)))
 
 
-def checked_root(root, expected: Sequence[str], tree: str) -> Path:
-    """``root`` as a path.
-
-    Raises:
-        FileNotFoundError: it is no folder, or lacks one of ``expected``; the message shows the expected ``tree``.
-    """
-    root = Path(root)
-    missing = (
-        root if not root.is_dir() else next((root / name for name in expected if not (root / name).exists()), None)
-    )
-    if missing is not None:
-        raise missing_file(missing, tree)
-    return root
-
-
-def missing_file(path, tree: str) -> FileNotFoundError:
-    return FileNotFoundError(f"{path} is missing: `root` must be a folder with\n{tree}")
-
-
-def inside(root: Path, name: str, source) -> Path:
-    """The path of a file that a list names, relative to ``root``.
-
-    Raises:
-        ValueError: it would lie outside of ``root``: the list, called ``source``, is not to be trusted.
-    """
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{source} names the file {name!r}, which is not below `root`.")
-    return root / relative
-
-
 def check_choice(name: str, value, choices: Sequence) -> None:
     """Raises ValueError when ``value``, the argument ``name``, is not among ``choices``."""
     if value not in choices:
@@ -200,21 +169,3 @@ def paired(images: dict[str, Path], labels: dict[str, Path], image_folder, label
                 f"such as {some[lonely[0]].name}: copy the missing files, or remove the others."
             )
     return [(images[key], labels[key]) for key in sorted(images)]
-
-
-def opened(path: Path) -> BinaryIO:
-    """A file to read bytes from, unpacked on the way if its name ends in ``.gz``."""
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
-
-
-def optional_package(module: str, extra: str):
-    """An optional package, imported now.
-
-    Raises:
-        ImportError: it is missing; the message names the extra to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"This reader needs {package}, which is missing: pip install 'jbilevel[{extra}]'.") from error

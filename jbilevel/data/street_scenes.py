@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from .files import checked_root, missing_file
 from .pictures import read_label_picture, read_picture
 from .samples import (
     IGNORED,
@@ -15,8 +17,6 @@ from .samples import (
     check_choice,
     check_limit,
     check_same_size,
-    checked_root,
-    missing_file,
     paired,
 )
 
@@ -142,16 +142,16 @@ def _by_scene(folder: Path, ending: str) -> dict[str, Path]:
 
 
 def _segmented(pairs, table, classes, max_pixels):
+    return Samples(tuple(pairs), partial(_scene, table=table, max_pixels=max_pixels), classes)
+
+
+def _scene(pair, table, max_pixels):
     """``table`` takes the numbers in a label file to classes, and to -1 where there is no such class."""
-
-    def read(pair):
-        image_path, label_path = pair
-        image = read_picture(image_path, False, max_pixels).astype(np.float32)
-        numbers = read_label_picture(label_path, max_pixels)
-        check_same_size(image_path, image.shape[-2:], label_path, numbers.shape)
-        labels = table[numbers]
-        if labels.min() < 0:
-            raise ValueError(f"{label_path} has the label {numbers[labels < 0][0]}, which this data set does not have.")
-        return Segmented(image, labels.astype(np.uint8), image_path.name)
-
-    return Samples(tuple(pairs), read, classes)
+    image_path, label_path = pair
+    image = read_picture(image_path, False, max_pixels)
+    numbers = read_label_picture(label_path, max_pixels)
+    check_same_size(image_path, image.shape[-2:], label_path, numbers.shape)
+    labels = table[numbers]
+    if labels.min() < 0:
+        raise ValueError(f"{label_path} has the label {numbers[labels < 0][0]}, which this data set does not have.")
+    return Segmented(image, labels.astype(np.uint8), image_path.name)

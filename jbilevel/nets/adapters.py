@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def from_flax(model, variables=None) -> tuple[Callable, Any]:
         if variables is None or "params" not in variables:
             raise TypeError("a Linen module needs `variables`, the result of model.init(key, x).")
         fixed = {name: value for name, value in variables.items() if name != "params"}
-        return (lambda params, *inputs: model.apply({"params": params, **fixed}, *inputs)), variables["params"]
+        return partial(_apply_linen, model, fixed), variables["params"]
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` must be a flax.nnx or flax.linen module, got {type(model).__name__}.")
     for path, module in nnx.iter_modules(model):
@@ -49,7 +50,17 @@ def from_flax(model, variables=None) -> tuple[Callable, Any]:
                 "batch or on chance; call model.eval() first."
             )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return (lambda params, *inputs: nnx.merge(graph, params, rest)(*inputs)), params
+    return partial(_apply_nnx, graph, rest), params
+
+
+def _apply_linen(model, fixed, params, *inputs):
+    return model.apply({"params": params, **fixed}, *inputs)
+
+
+def _apply_nnx(graph, rest, params, *inputs):
+    from flax import nnx
+
+    return nnx.merge(graph, params, rest)(*inputs)
 
 
 def from_equinox(model) -> tuple[Callable, Any]:
@@ -73,4 +84,10 @@ def from_equinox(model) -> tuple[Callable, Any]:
     params, static = equinox.partition(model, equinox.is_inexact_array)
     if not jax.tree.leaves(params):
         raise TypeError("`model` has no inexact array to learn.")
-    return (lambda params, *inputs: equinox.combine(params, static)(*inputs)), params
+    return partial(_apply_equinox, static), params
+
+
+def _apply_equinox(static, params, *inputs):
+    import equinox
+
+    return equinox.combine(params, static)(*inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import pickletools
-import struct
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST_PICKLE = 64 * 2**20
+from jbilevel._core.io import blame, check_header, stored_members
+
+LARGEST_PICKLE = 4 * 2**20  # about 20,000 tensors
+LARGEST_RANK = 64
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -47,8 +49,6 @@ LITERALS = {
     "BINFLOAT",
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-# what a file that was cut or forged can raise in the interpreter, besides its own ValueErrors
-DAMAGE = (zipfile.BadZipFile, AttributeError, EOFError, IndexError, KeyError, OverflowError, TypeError, struct.error)
 SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -57,7 +57,8 @@ def read_torch(path) -> dict[str, np.ndarray]:
 
     Args:
       path: ``.safetensors``, or what ``torch.save`` wrote since version 1.6: a dictionary of tensors, or one with such
-        a dictionary under "state_dict". A leading "module." of all names is dropped.
+        a dictionary under "state_dict". A leading "module." of all names is dropped. Tensors that share their storage
+        in the file share it here.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -73,14 +74,8 @@ def read_torch(path) -> dict[str, np.ndarray]:
     {'fc.bias': (3,), 'fc.weight': (3, 2)}
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        arrays = _read_safetensors(path)
-    else:
-        try:
-            with open(path, "rb") as file:
-                arrays = _state(_read_zip(file))
-        except (*DAMAGE, ValueError) as error:
-            raise ValueError(f"{path} is no state dictionary that can be read safely: {error}.") from error
+    with blame(path), open(path, "rb") as file:
+        arrays = _read_safetensors(file) if path.suffix == ".safetensors" else _state(_read_zip(file))
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     return arrays
@@ -144,16 +139,13 @@ def _flax_layout(array):
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(file) -> dict[str, np.ndarray]:
     try:
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
     except ImportError as error:
         raise ImportError('Files ending in .safetensors need a package: pip install "jbilevel[data]".') from error
-    try:
-        return load_file(path)
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is no safetensors file of arrays: {error}.") from error
+    check_header(file)
+    return load_file(file.name)
 
 
 class Storage(NamedTuple):
@@ -170,47 +162,52 @@ class Global(NamedTuple):
     name: str
 
 
-class _Reader(NamedTuple):
-    archive: zipfile.ZipFile
-    folder: str
-    size: int
+class _Reader:
+    """The raw numbers in an archive, each storage once, however many tensors share it."""
+
+    def __init__(self, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folder: str):
+        self.archive, self.members, self.folder = archive, members, folder
+        self.storages: dict[Storage, np.ndarray] = {}
 
     def member(self, name: str) -> bytes:
-        info = self.archive.getinfo(f"{self.folder}/{name}")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > self.size:
-            raise ValueError(f"its member {info.filename!r} is compressed or larger than the file")
-        return self.archive.read(info)
+        return self.archive.read(self.members[f"{self.folder}/{name}"])
+
+    def storage(self, storage: Storage) -> np.ndarray:
+        if storage not in self.storages:
+            self.storages[storage] = np.frombuffer(bytearray(self.member(f"data/{storage.key}")), storage.dtype)
+        return self.storages[storage]
 
     def tensor(self, storage, offset, shape, stride) -> np.ndarray:
-        """A strided view of a storage, copied, after a look at whether it lies inside."""
+        """A strided view of a storage, after a look at whether it lies inside."""
         if not isinstance(storage, Storage):
             raise ValueError("a tensor has no storage")
-        numbers = [offset, *shape, *stride]
-        if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"a tensor has the impossible shape {shape} with strides {stride}")
-        raw = np.frombuffer(self.member(f"data/{storage.key}"), storage.dtype)
-        reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
-        if math.prod(shape) and (reach > raw.size or math.prod(shape) > raw.size):
-            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
-        if not math.prod(shape):
+        if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= LARGEST_RANK:
+            raise ValueError("a tensor has a shape and strides that do not fit, or too many axes")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *stride)):
+            raise ValueError("a tensor has a shape, strides or an offset that are impossible")
+        raw = self.storage(storage)
+        if not (size := math.prod(shape)):
             return np.zeros(shape, storage.dtype)
+        reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
+        if max(reach, size) > raw.size:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
         strides = tuple(s * storage.dtype.itemsize for s in stride)
-        return np.lib.stride_tricks.as_strided(raw[offset:], shape, strides, writeable=False).copy()
+        return np.lib.stride_tricks.as_strided(raw[offset:], shape, strides)
 
 
 def _read_zip(file):
     """What the pickle of the archive stands for."""
     if not zipfile.is_zipfile(file):
         raise ValueError("it is not a zip; files of PyTorch before 1.6 have to be saved again")
-    size = file.seek(0, 2)
     with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        members = stored_members(archive, file.seek(0, 2))
+        names = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("it has no data.pkl")
-        reader = _Reader(archive, names[0].split("/")[0], size)
-        if f"{reader.folder}/byteorder" in archive.namelist() and reader.member("byteorder") != b"little":
+        reader = _Reader(archive, members, names[0].split("/")[0])
+        if f"{reader.folder}/byteorder" in members and reader.member("byteorder") != b"little":
             raise ValueError("its numbers are not little-endian")
-        if archive.getinfo(names[0]).file_size > LARGEST_PICKLE:
+        if members[names[0]].file_size > LARGEST_PICKLE:
             raise ValueError(f"its pickle is larger than {LARGEST_PICKLE} bytes")
         return _interpret(reader.member("data.pkl"), reader)
 
@@ -221,7 +218,7 @@ def _state(tree) -> dict[str, np.ndarray]:
     if not isinstance(tree, dict) or not tree:
         raise ValueError(f"it holds a {type(tree).__name__}, not a dictionary of tensors")
     for name, value in tree.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray):
             raise ValueError(f"its entry {name!r} is a {type(value).__name__}, not a tensor")
     return dict(tree)
 
@@ -274,10 +271,10 @@ def _interpret(content: bytes, reader: _Reader):
             stack.append(_made(stack.pop(), arguments, reader))
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
-            _dictionary(stack[-1])[key] = value
+            _dictionary(stack[-1])[_plain(key, str, int)] = value
         elif name == "SETITEMS":
             items = since_mark()
-            _dictionary(stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+            _dictionary(stack[-1]).update(zip([_plain(key, str, int) for key in items[::2]], items[1::2], strict=True))
         elif name in ("APPEND", "APPENDS"):
             items = since_mark() if name == "APPENDS" else [stack.pop()]
             stack[-1].extend(items)
@@ -289,8 +286,15 @@ def _interpret(content: bytes, reader: _Reader):
     raise ValueError("its pickle has no end")
 
 
+def _plain(value, *kinds: type):
+    """No nested tuples, which can be small in the file and take forever to hash, to compare or to show."""
+    if type(value) not in kinds:
+        raise ValueError(f"its pickle has a {type(value).__name__} where a name should be")
+    return value
+
+
 def _named(module, name) -> Global:
-    if (module, name) not in ALLOWED:
+    if (_plain(module, str), _plain(name, str)) not in ALLOWED:
         raise ValueError(f"its pickle asks for {module}.{name}, which is no part of a tensor")
     return Global(module, name)
 
@@ -302,10 +306,14 @@ def _dictionary(value) -> dict:
 
 
 def _storage(identity) -> Storage:
+    if type(identity) is not tuple or len(identity) < 3:
+        raise ValueError("its pickle refers to something that is no storage")
     kind, typed, key = identity[:3]
-    if kind != "storage" or not isinstance(typed, Global) or typed.name not in STORAGES or not str(key).isalnum():
+    if _plain(kind, str) != "storage" or not isinstance(typed, Global) or typed.name not in STORAGES:
         raise ValueError(f"its pickle refers to {kind!r}, which is no storage")
-    return Storage(str(key), np.dtype(jnp.dtype(STORAGES[typed.name])))
+    if not _plain(key, str).isalnum():
+        raise ValueError(f"its pickle names {key!r}, which is no storage")
+    return Storage(key, np.dtype(jnp.dtype(STORAGES[typed.name])))
 
 
 def _made(function, arguments, reader: _Reader):

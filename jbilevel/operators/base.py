@@ -108,11 +108,11 @@ class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
         check_tolerance(tol)
         return norms.lanczos(self, tol)
 
-    def fbp(self, y, filter: str = "ram-lak"):
+    def fbp(self, y, filter: str = "ram-lak", *, strict: bool = False):
         """Filtered backprojection of a measurement, of the operators that have one (X-ray transforms).
 
         Raises:
-          ValueError: this one has none.
+          ValueError: this one has none; with ``strict``, lines are not measured, of which else a warning tells.
         """
         raise ValueError(f"{type(self).__name__} has no filtered backprojection.")
 

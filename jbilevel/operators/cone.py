@@ -19,14 +19,13 @@ from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jbilevel.operators import joseph
-from jbilevel.operators.base import LinearOperator
 from jbilevel.operators.fan import FanBeam, FanInterpolation, FanRays, depth
-from jbilevel.operators.fbp import FBP, ramp_filter
+from jbilevel.operators.fbp import FBP, Reconstruction, ramp_filter, repeat_ends, transposed
 from jbilevel.operators.joseph import Group, centred, hat
+from jbilevel.operators.redundancy import slices_lack
 from jbilevel.operators.xray import XRay, check_plane
 
 
@@ -94,9 +93,25 @@ class ConeBeam(XRay):
     def _subsets(self, m):
         return self._plane._subsets(m)
 
-    def fbp(self, y, filter: str = "ram-lak"):
-        """Reconstruction by Feldkamp, Davis & Kress, see `FDK`: exact in the central plane, good near it."""
-        return FDK(self, filter)(y)
+    @property
+    def _reconstruction(self):
+        return self._plane._reconstruction
+
+    def _invert(self, y, parts, filter, transpose, bind):
+        kernel = Feldkamp(
+            shape=self.in_shape,
+            panel=self.n_detectors,
+            padding=self._plane._scan.padding,
+            spacing=self._plane._scan.spacing,
+            source=self.source_origin,
+            row_size=self._kernel.row_size,
+            filter=filter,
+        )
+        return bind(kernel, y, *parts, transpose=transpose)
+
+    def _lacks(self):
+        scan = self._plane._scan
+        return scan.lacks() + slices_lack(self.in_shape[0] * self.pixel_size, self.n_detectors[0], scan.spacing)
 
 
 @dataclass(frozen=True)
@@ -255,37 +270,38 @@ def _for_each(function, v):
 
 
 @dataclass(frozen=True)
-class FDK(LinearOperator):
-    """The algorithm of Feldkamp, Davis & Kress (1984) as a linear operator: cosine weights, ramp filter along the rows
-    of the panel, weighted backprojection. Filters, angles and errors as for `FBP`; needs a full turn.
-    """
+class Feldkamp:
+    """The pair of maps for `linear.apply`, with the entries of the fan's `Reconstruction` as operands."""
 
-    operator: ConeBeam
-    filter: str = "ram-lak"
+    shape: tuple[int, int, int]
+    panel: tuple[int, int]
+    padding: tuple[int, int]  # columns before and after those of the panel, most of which have no share
+    spacing: float  # of columns and rows, where the filter sees them
+    source: float  # its distance from the centre of rotation
+    row_size: float  # of the panel, in voxels
+    filter: str
 
-    def __post_init__(self):
-        FBP(self.operator._plane, self.filter)  # its checks
+    def forward(self, y, *parts):
+        return _for_each(partial(self._forward, Reconstruction(*parts)), y)
 
-    in_shape = property(lambda self: self.operator.out_shape)
-    out_shape = property(lambda self: self.operator.in_shape)
+    def transpose(self, x, *parts):
+        return transposed(self, x, (self.panel[0], len(parts[-1]), self.panel[1]), parts)
 
-    def forward(self, y):
-        return _for_each(self._reconstruct, y)
-
-    def transpose(self, x):
-        lead = x.shape[: x.ndim - 3]
-        y = jax.ShapeDtypeStruct((*lead, *self.in_shape), x.dtype)
-        return jax.linear_transpose(self.forward, y)(x)[0]
-
-    def _reconstruct(self, y):
-        A, parts = self.operator, self.operator._plane._reconstruction()
-        cast = lambda v: jnp.asarray(v, y.dtype)  # noqa: E731
-        virtual = A._plane.detector_size / A._plane.magnification
-        v = (np.arange(A.n_detectors[0]) - (A.n_detectors[0] - 1) / 2) * virtual
+    def _forward(self, parts: Reconstruction, y):
+        view, cosine, shares, angular = jax.tree.map(lambda v: v.astype(y.dtype), parts)
+        height = centred(self.panel[0], y.dtype) * self.spacing
         # 1 / cos of the fan angle, squared, plus the squared height over the source's distance
-        cosine = 1 / np.sqrt(parts.before[..., None] ** -2 + (v / A.source_origin) ** 2)
-        q = ramp_filter(jnp.transpose(y, (1, 2, 0)) * cast(cosine), parts.spacing, self.filter)
-        view, angular = jax.tree.map(cast, parts.view), cast(parts.angular)[:, None, None]
-        z, *plane = A.in_shape
-        x = backproject(_Bilinear(A._kernel.row_size), (*plane, z), (2, 2), q * angular, view)
+        cosine = 1 / jnp.sqrt(cosine[..., None] ** -2 + (height[None, None] / self.source) ** 2)
+        weighted = repeat_ends(jnp.transpose(y, (1, 2, 0)), self.padding) * (cosine * shares[..., None])
+        q = ramp_filter(weighted, self.spacing, self.filter)
+        z, *plane = self.shape
+        x = backproject(_Bilinear(self.row_size), (*plane, z), (2, 2), q * angular[:, None, None], view)
         return jnp.transpose(x, (2, 0, 1))
+
+
+class FDK(FBP):
+    """`FBP` of a `ConeBeam` or of a subset of one: the algorithm of Feldkamp, Davis & Kress (1984).
+
+    Cosine weights, ramp filter along the rows of the panel, weighted backprojection: exact in the central plane, good
+    near it. Measurements are weighted as in that plane.
+    """

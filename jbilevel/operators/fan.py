@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel.operators import joseph
-from jbilevel.operators.fbp import Reconstruction, covers, spacings
 from jbilevel.operators.joseph import Joseph
+from jbilevel.operators.redundancy import Scan
 from jbilevel.operators.xray import PlaneXRay, check_plane
 
 
@@ -172,13 +172,17 @@ class FanBeam(PlaneXRay):
         length = self.pixel_size * np.hypot(down, across) / np.where(own, np.abs(down), 1.0)
         return view, np.where(own, length, 0.0)
 
-    def _reconstruction(self):
-        if not covers(self.angles, 2 * math.pi):
-            raise ValueError("`angles` must cover the full turn for the filtered backprojection of a fan beam.")
-        view, _ = self._views(False)
-        virtual = self.detector_size / self.magnification
-        k = np.arange(self.n_detectors) - (self.n_detectors - 1) / 2
-        u = k * virtual + self.detector_offset / self.magnification
-        cosine = self.source_origin / np.hypot(self.source_origin, u)
-        angular = 0.5 * spacings(self.angles, 2 * math.pi)  # every line is measured twice
-        return Reconstruction(rays=FanInterpolation(), view=view, before=cosine[None], angular=angular, spacing=virtual)
+    @property
+    def _interpolation(self):
+        return FanInterpolation()
+
+    @cached_property
+    def _scan(self):
+        return Scan(
+            angles=self.angles,
+            bins=self.n_detectors,
+            spacing=self.detector_size / self.magnification,
+            offset=self.detector_offset / self.magnification,
+            radius=0.5 * self.pixel_size * max(self.in_shape),
+            source=self.source_origin,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel.operators import joseph
-from jbilevel.operators.base import LinearOperator
+from jbilevel.operators.base import Composite
 
+_SAME = 1e-5  # radians: views closer than this see the same lines
 # of the frequency as a share of the Nyquist frequency
 WINDOWS = {
     "ram-lak": lambda nu: np.ones_like(nu),
@@ -24,13 +27,28 @@ WINDOWS = {
 
 
 class Reconstruction(NamedTuple):
-    """What filtered backprojection needs to know of a geometry."""
+    """What filtered backprojection needs to know of the views."""
 
-    rays: Any  # `Interpolation`, perhaps with a weight for each pixel
-    view: NamedTuple
-    before: np.ndarray  # factors of the sinogram, (1 or views, 1 or bins)
-    angular: np.ndarray  # the part of the angular integral that each view stands for, (views,)
-    spacing: float  # of the detector, where the filter sees it
+    view: NamedTuple  # constants of each, of the detector with its padding
+    cosine: Any  # of the angle between each ray and the middle of the fan, (1, 1 or bins)
+    shares: Any  # weight of every measurement among those of its line, (1 or views, 1 or bins)
+    angular: Any  # the part of the angular integral that each view stands for, (views,)
+
+
+def select(parts: Sequence[Reconstruction], views: int, i) -> Reconstruction:
+    """Entry i, which may be traced, of the parts of one scan, with views that count for nothing up to a number."""
+
+    def filled(part: Reconstruction):
+        own = np.arange(views) < len(part.angular)
+        index = np.where(own, np.arange(views), 0)
+        shares = part.shares[index] if len(part.shares) > 1 else part.shares
+        return jax.tree.map(lambda v: v[index], part.view), shares, part.angular[index] * own
+
+    each = [filled(part) for part in parts]
+    shape = np.broadcast_shapes(*(shares.shape for _, shares, _ in each))
+    each = [(view, np.broadcast_to(shares, shape), angular) for view, shares, angular in each]
+    view, shares, angular = jax.tree.map(lambda *v: jnp.asarray(np.stack(v))[i], *each)
+    return parts[0]._replace(view=view, shares=shares, angular=angular)
 
 
 @dataclass(frozen=True)
@@ -47,24 +65,63 @@ class Interpolation:
 
 
 @dataclass(frozen=True)
-class FBP(LinearOperator):
-    """Filtered backprojection for an X-ray transform: a linear operator from sinograms to images.
+class FilteredBackprojection:
+    """The pair of maps for `linear.apply` in the plane, with the entries of `Reconstruction` as operands."""
+
+    rays: Any  # `Interpolation`, perhaps with a weight for each pixel
+    shape: tuple[int, int]  # of the image
+    bins: int
+    padding: tuple[int, int]  # bins before and after them, most of which have no share
+    spacing: float  # of the bins, where the filter sees them
+    filter: str
+
+    def forward(self, y, *parts):
+        return joseph.with_trailing_batch(self._forward, y, Reconstruction(*parts))
+
+    def transpose(self, x, *parts):
+        return transposed(self, x, (len(parts[-1]), self.bins), parts)
+
+    def _forward(self, y, parts: Reconstruction):
+        view, cosine, shares, angular = jax.tree.map(lambda v: v.astype(y.dtype), parts)
+        weighted = repeat_ends(y, self.padding) * joseph.expand(cosine * shares, y.shape[2:])
+        q = ramp_filter(weighted, self.spacing, self.filter)
+        kernel = partial(joseph.backproject, self.rays, self.shape, 2)
+        return joseph.on_platform(kernel, q, view, angular[:, None])
+
+
+def repeat_ends(y, count: tuple[int, int]):
+    """y (views, bins, ...) with its first and last bins repeated as often as ``count`` says."""
+    return jnp.pad(y, [(0, 0), count, *[(0, 0)] * (y.ndim - 2)], mode="edge")
+
+
+def transposed(pair, x, measured, parts):
+    """The transpose of ``pair.forward``, which takes measurements of one shape to ``pair.shape``."""
+    lead = x.shape[: x.ndim - len(pair.shape)]
+    y = jax.ShapeDtypeStruct((*lead, *measured), x.dtype)
+    return jax.linear_transpose(lambda y: pair.forward(y, *parts), y)(x)[0]
+
+
+@dataclass(frozen=True)
+class FBP(Composite):
+    """Filtered backprojection for an X-ray transform: a linear operator from measurements to images.
 
     Every view is convolved with the ramp filter, given by its exact samples in the spatial domain, 1/(4 d^2) at 0,
     -1/(pi n d)^2 at odd n (Ramachandran & Lakshminarayanan 1971; Kak & Slaney 1988, eq. 3.61), times a window in the
     frequency domain, and padded with zeros to a power of two of at least twice its length. Sampled |f| instead would
     lower the mean. Pixels take values interpolated between two bins, which is sharper than the projector's transpose.
 
+    Every view stands for half the gap to either neighbour, so angles may come in any order, unevenly, and several times
+    round. Measurements of one line together count once, with the weights of `jbilevel.operators.redundancy`. Volumes
+    are reconstructed slice by slice for parallel rays, and by `FDK` for a cone beam.
+
+    This is the operator alone: it applies to any scan, and `fbp` of the transform says what a scan lacks.
+
     Args:
-      operator: `ParallelBeam`, `FanBeam` or `ConeBeam`.
+      operator: `ParallelBeam`, `FanBeam`, `ParallelBeam3D`, `ConeBeam`, or a subset of one.
       filter: "ram-lak" (no window), "shepp-logan", "cosine", "hamming" or "hann".
 
-    Parallel beam: angles are taken modulo pi, and each view counts for half the gap to either neighbour, so they may
-    come in any order, unevenly, or cover 2 pi. A gap wider than 30 degrees and five times the median gap counts as not
-    scanned. Fan and cone beam: the same modulo 2 pi, and a full turn is needed.
-
     Raises:
-      ValueError: unknown filter, or a fan or cone beam that does not cover the full turn.
+      ValueError: unknown filter.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> from jbilevel.operators import ParallelBeam
@@ -80,25 +137,13 @@ class FBP(LinearOperator):
     def __post_init__(self):
         if self.filter not in WINDOWS:
             raise ValueError(f"`filter` must be one of {', '.join(WINDOWS)}, got {self.filter!r}.")
-        self.operator._reconstruction()  # raises where there is none
 
     in_shape = property(lambda self: self.operator.out_shape)
     out_shape = property(lambda self: self.operator.in_shape)
 
-    def forward(self, y):
-        return joseph.with_trailing_batch(self._reconstruct, y, self.operator._reconstruction())
-
-    def transpose(self, x):
-        lead = x.shape[: x.ndim - len(self.out_shape)]
-        y = jax.ShapeDtypeStruct((*lead, *self.in_shape), x.dtype)
-        return jax.linear_transpose(self.forward, y)(x)[0]
-
-    def _reconstruct(self, y, parts: Reconstruction):
-        cast = lambda v: jnp.asarray(v, y.dtype)  # noqa: E731
-        weighted = y * cast(parts.before).reshape(*parts.before.shape, *[1] * (y.ndim - 2))
-        q = ramp_filter(weighted, parts.spacing, self.filter)
-        kernel = partial(joseph.backproject, parts.rays, self.operator.in_shape, 2)
-        return joseph.on_platform(kernel, q, jax.tree.map(cast, parts.view), cast(parts.angular)[:, None])
+    def map(self, x, transpose, bind):
+        parts = self.operator._reconstruction
+        return self.operator._whole._invert(x, parts, self.filter, transpose, bind)
 
 
 def ramp_filter(y, spacing: float, filter: str = "ram-lak"):
@@ -120,31 +165,73 @@ def _response(length: int, spacing: float, filter: str) -> np.ndarray:
     return spacing * np.fft.rfft(kernel).real * WINDOWS[filter](nu)
 
 
-def spacings(angles, period: float) -> np.ndarray:
-    """Half the gap to both neighbours modulo ``period``; a gap that was not scanned counts as nothing to its ends.
+# -------------------------------------------------------------------------------------------------------------- angles
+
+
+class Directions(NamedTuple):
+    """The distinct angles of the views on a circle, rising."""
+
+    at: np.ndarray
+    gaps: np.ndarray  # from each to the next
+    of: np.ndarray  # (views,): which of them a view has
+    count: np.ndarray  # how many views have it
+
+
+def directions(angles, period: float) -> Directions:
+    turned = np.mod(angles, period)
+    order = np.argsort(turned, kind="stable")
+    rising = turned[order]
+    new = np.diff(rising, prepend=rising[-1] - period) > _SAME
+    at, of = rising[new], np.zeros(len(order), int)
+    of[order] = (np.cumsum(new) - 1) % len(at)
+    return Directions(at=at, gaps=np.diff(at, append=at[0] + period), of=of, count=np.bincount(of))
+
+
+def unscanned(gaps) -> np.ndarray:
+    """Which gaps between views were not scanned: those wider than a twelfth of a turn in which another view would fit
+    at the distance that the others have. Few views that are equally far apart are undersampled, and no more."""
+    return (gaps > (1 + 1e-6) * math.pi / 6) & (gaps > (2 - 1e-6) * _typical(gaps))
+
+
+def ends(gaps) -> np.ndarray:
+    """Gaps between which a scan may be taken to run: also those that are wide beside their neighbours."""
+    return unscanned(gaps) | (gaps > 3 * np.maximum(np.roll(gaps, 1), np.roll(gaps, -1)))
+
+
+def spacings(angles, period: float, apart: Callable = unscanned) -> np.ndarray:
+    """The part of the period that each view stands for: half the gap to both neighbours.
+
+    At a gap that is ``apart`` a view reaches as far as to its other side. Views of the same direction share.
 
     >>> spacings([0.0, 1.0, 2.0, 3.0], period=4.0).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    turned = np.mod(angles, period)
-    order = np.argsort(turned, kind="stable")
-    after = np.diff(turned[order], append=turned[order[0]] + period)
-    after = np.where(_unscanned(after), _typical(after), after)
-    weights = np.zeros(len(order))
-    weights[order] = 0.5 * (after + np.roll(after, 1))
-    return weights
+    seen = directions(angles, period)
+    back, ahead = _reach(seen.gaps, apart(seen.gaps))
+    return ((back + ahead) / seen.count)[seen.of]
 
 
-def covers(angles, period: float) -> bool:
-    """Whether angles leave no gap in the period that `spacings` takes for not scanned."""
-    turned = np.sort(np.mod(angles, period))
-    return not np.any(_unscanned(np.diff(turned, append=turned[0] + period)))
+def covers(angles, period: float, apart: Callable = unscanned) -> bool:
+    """Whether no gap in the period is ``apart``."""
+    return not np.any(apart(directions(angles, period).gaps))
 
 
-def _unscanned(gaps):
-    return (gaps > np.pi / 6) & (gaps > 5 * _typical(gaps))
+def arcs(angles, period: float, apart: Callable = unscanned) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of what no view stands for."""
+    seen = directions(angles, period)
+    open_ = apart(seen.gaps)
+    back, ahead = _reach(seen.gaps, open_)
+    return (seen.at + ahead)[open_], (seen.gaps - ahead - np.roll(back, -1))[open_]
 
 
-def _typical(gaps):
-    """The median gap between distinct directions."""
-    return np.median(gaps[gaps > 1e-9])
+def _reach(gaps, open_) -> tuple[np.ndarray, np.ndarray]:
+    """How far each direction stands for what comes before and after it."""
+    before, open_before, alone = np.roll(gaps, 1), np.roll(open_, 1), min(_typical(gaps), math.pi / 6)
+    back = np.where(open_before, np.where(open_, alone, gaps), before)
+    ahead = np.where(open_, np.where(open_before, alone, before), gaps)
+    return 0.5 * back, 0.5 * ahead
+
+
+def _typical(gaps) -> float:
+    """The median, the lower one of two; half a period for a single view."""
+    return min(np.sort(gaps)[(len(gaps) - 1) // 2], 0.5 * gaps.sum())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbilevel.operators.base import LinearOperator
-from jbilevel.operators.fbp import FBP
+from jbilevel.operators.redundancy import slices_lack
 from jbilevel.operators.xray import ParallelBeam, XRay, check_plane
 
 
@@ -70,10 +70,21 @@ class ParallelBeam3D(XRay):
     def _rows(self) -> _Rows:
         return _Rows(self.in_shape[0], self.n_detectors[0], self.detector_size / self.pixel_size)
 
-    def fbp(self, y, filter: str = "ram-lak"):
-        """Filtered backprojection of every slice, see `FBP`; rows are interpolated back to slices first."""
-        back = _Rows(self.n_detectors[0], self.in_shape[0], self.pixel_size / self.detector_size)
-        return FBP(self._slice, filter)(back(y))
+    @property
+    def _reconstruction(self):
+        return self._slice._reconstruction
+
+    def _invert(self, y, parts, filter, transpose, bind):
+        """Rows are interpolated back to slices first."""
+        rows = _Rows(self.n_detectors[0], self.in_shape[0], self.pixel_size / self.detector_size)
+        if transpose:
+            return rows.map(self._slice._invert(y, parts, filter, True, bind), True, bind)
+        return self._slice._invert(rows.map(y, False, bind), parts, filter, False, bind)
+
+    def _lacks(self):
+        return self._slice._lacks() + slices_lack(
+            self.in_shape[0] * self.pixel_size, self.n_detectors[0], self.detector_size
+        )
 
 
 @dataclass(frozen=True)

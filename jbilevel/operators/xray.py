@@ -5,21 +5,86 @@ from __future__ import annotations
 import math
 import numbers
 from abc import abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jbilevel.operators import norms
-from jbilevel.operators.base import Composite, check_tolerance, shape_of
-from jbilevel.operators.fbp import FBP, Interpolation, Reconstruction, spacings
+from jbilevel.operators.base import Composite, check_tolerance, checked, shape_of
+from jbilevel.operators.fbp import FBP, FilteredBackprojection, Interpolation, Reconstruction, select
 from jbilevel.operators.joseph import Group, Joseph, hat
+from jbilevel.operators.redundancy import Scan, report
 
 
-class XRay(Composite, abstract="XRay"):
+class XRayViews(Composite, abstract="XRayViews"):
+    """An X-ray transform or a part of one: what has a filtered backprojection."""
+
+    def fbp(self, y, filter: str = "ram-lak", *, strict: bool = False):
+        """Filtered backprojection of a measurement: the image whose line integrals y are, up to resolution.
+
+        Measurements of one line count once together, with the weights of Parker (1982) where the scan is shorter or
+        longer than a turn, and of Wang (2002) where the detector is displaced, which then is padded to be as wide on
+        either side. Angles may be unequal, in any order, and come round several times. Cone beams are reconstructed by
+        the algorithm of Feldkamp, Davis & Kress (1984), exact in the central plane and good near it.
+
+        **Which scans are complete.** The detector sees every line through the disc that has the image's longer side as
+        its diameter, to a bin, and the angles cover a full turn, or 180 degrees plus the angle of the fan to that disc
+        (parallel rays: 180 degrees), to a degree. A displaced detector sees lines from one side only and needs the full
+        turn, for parallel rays too. Gaps up to a twelfth of a turn count as scanned, and so do those of few views, if
+        no other would fit in between: they are undersampled and no more. The rows of a volume's detector see its height
+        at the axis of rotation, to a row.
+
+        Args:
+          y: measurement of shape ``out_shape`` after any batch axes, floating.
+          filter: "ram-lak", "shepp-logan", "cosine", "hamming" or "hann", see `FBP`.
+          strict: raise an error in place of the warning.
+
+        Returns:
+          Array of shape ``in_shape`` after the same batch axes, of the dtype of y.
+
+        Raises:
+          UserWarning: the scan is not complete; says what the detector or the angles miss, and what it takes. Inside
+            ``jit`` once, when the function is traced.
+          ValueError: the same with ``strict``; unknown filter; y of another shape.
+
+        References: A. C. Kak, M. Slaney, Principles of Computerized Tomographic Imaging (1988), kak_1988; D. L. Parker,
+        Optimal short scan convolution reconstruction for fan beam CT, Med. Phys. 9 (1982), parker_1982; G. Wang, X-ray
+        micro-CT with a displaced detector array, Med. Phys. 29 (2002), wang_displaced_2002; feldkamp_1984.
+
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from jbilevel.operators import ParallelBeam
+        >>> turn = 2 * np.pi * np.arange(90) / 90
+        >>> A = ParallelBeam((32, 32), turn, 32, detector_offset=10.0)  # sees from -6 to 26
+        >>> disc = (np.hypot(*np.mgrid[-15.5:16, -15.5:16]) < 12).astype(np.float32)
+        >>> bool(abs(A.fbp(A(disc))[12:20, 12:20].mean() - 1) < 0.01)
+        True
+        """
+        inverse = FBP(self, filter)
+        y = checked(y, self.out_shape, self.out_kind, "`fbp`")
+        report(self._lacks(), strict)
+        return inverse(y)
+
+    @property
+    @abstractmethod
+    def _whole(self) -> XRay:
+        """The transform that these views are of."""
+
+    @property
+    @abstractmethod
+    def _reconstruction(self) -> Reconstruction:
+        """What filtered backprojection needs to know of the views."""
+
+    @abstractmethod
+    def _lacks(self) -> list[str]:
+        """What of the image is not measured, a phrase for each reason."""
+
+
+class XRay(XRayViews, abstract="XRay"):
     """What the X-ray transforms have in common; a subclass says where its rays run.
 
     It has the fields ``in_shape``, ``angles``, ``n_detectors``, and the pair of maps ``_kernel`` of the views that
@@ -79,25 +144,62 @@ class XRay(Composite, abstract="XRay"):
             known[tol] = norms.nonnegative(self, tol)
         return known[tol]
 
+    @property
+    def _whole(self):
+        return self
+
     @abstractmethod
     def _subsets(self, m: int) -> tuple[Group, Group]:
         """The two groups of all m subsets: the leading axis counts the subsets."""
+
+    @abstractmethod
+    def _invert(self, y, parts: Reconstruction, filter: str, transpose, bind):
+        """Filtered backprojection of the views in ``parts``."""
 
 
 class PlaneXRay(XRay, abstract="PlaneXRay"):
     """An X-ray transform of an image, as a function of its rays."""
 
+    detector_size: float
+    detector_offset: float
+
     @abstractmethod
     def _views(self, transposed: bool) -> tuple[Any, np.ndarray]:
         """View constants of all angles, and the weights of the rays that cross the rows of the (transposed) image."""
 
+    @property
     @abstractmethod
-    def _reconstruction(self) -> Reconstruction:
-        """What `FBP` needs to know; raises where there is no filtered backprojection."""
+    def _scan(self) -> Scan:
+        """The lines that are measured."""
 
-    def fbp(self, y, filter: str = "ram-lak"):
-        """Filtered backprojection of a sinogram, see `FBP`: the image whose line integrals y are, up to resolution."""
-        return FBP(self, filter)(y)
+    @property
+    @abstractmethod
+    def _interpolation(self) -> Any:
+        """Its rays with values interpolated between two bins, for `FBP`."""
+
+    @cached_property
+    def _reconstruction(self):
+        scan, same = self._scan, cast(Any, self)  # a dataclass, as all subclasses are
+        before, after = scan.padding
+        middle = self.detector_offset + 0.5 * (after - before) * self.detector_size
+        wide = replace(same, n_detectors=self.n_detectors + before + after, detector_offset=middle)
+        return Reconstruction(
+            view=wide._views(False)[0], cosine=scan.cosine, shares=scan.shares(), angular=scan.angular()
+        )
+
+    def _invert(self, y, parts, filter, transpose, bind):
+        kernel = FilteredBackprojection(
+            rays=self._interpolation,
+            shape=self.in_shape,
+            bins=self.n_detectors,
+            padding=self._scan.padding,
+            spacing=self._scan.spacing,
+            filter=filter,
+        )
+        return bind(kernel, y, *parts, transpose=transpose)
+
+    def _lacks(self):
+        return self._scan.lacks()
 
     def _subsets(self, m: int) -> tuple[Group, Group]:
         return _subset_tables(*self._views(False), m), _subset_tables(*self._views(True), m)
@@ -128,7 +230,7 @@ def _subset_tables(view, weight, m: int) -> Group:
 
 
 @dataclass(frozen=True)
-class Subset(Composite):
+class Subset(XRayViews):
     """The angles i, i + m, ... of an X-ray transform, see `XRay.subset`; hashable where i is a number."""
 
     operator: Any
@@ -146,6 +248,29 @@ class Subset(Composite):
         known = isinstance(self.i, numbers.Integral)
         groups = jax.tree.map(lambda v: (v if known else jnp.asarray(v))[self.i], self.operator._subsets(self.m))
         return self.operator._apply(x, groups, transpose, bind)
+
+    @property
+    def _whole(self):
+        return self.operator
+
+    @property
+    def _meant(self) -> Sequence[int]:
+        """The numbers that i may have."""
+        return [int(self.i)] if isinstance(self.i, numbers.Integral) else range(self.m)
+
+    def _alone(self, i: int) -> XRay:
+        """Subset i as a transform of its own, without what fills the last row."""
+        return replace(self.operator, angles=self.operator.angles[i :: self.m])
+
+    @property
+    def _reconstruction(self):
+        parts = [self._alone(i)._reconstruction for i in self._meant]
+        return select(parts, self.out_shape[-2], self.i if len(parts) > 1 else 0)
+
+    def _lacks(self):
+        """Of a traced i, what the first incomplete subset lacks."""
+        lacks = (self._alone(i)._lacks() for i in self._meant)
+        return next((found for found in lacks if found), [])
 
     def restrict(self, y):
         """The rows of a measurement y (..., angles, detectors) that belong to this subset, 0 where it is shorter."""
@@ -255,14 +380,18 @@ class ParallelBeam(PlaneXRay):
         length = self.pixel_size * per_pixel / np.abs(safe)
         return view, np.where(own, length, 0.0)[:, None]
 
-    def _reconstruction(self):
-        rays, (view, _) = Interpolation(_ParallelRays()), self._views(False)
-        return Reconstruction(
-            rays=rays,
-            view=view,
-            before=np.ones((1, 1)),
-            angular=spacings(self.angles, math.pi),
+    @property
+    def _interpolation(self):
+        return Interpolation(_ParallelRays())
+
+    @cached_property
+    def _scan(self):
+        return Scan(
+            angles=self.angles,
+            bins=self.n_detectors,
             spacing=self.detector_size,
+            offset=self.detector_offset,
+            radius=0.5 * self.pixel_size * max(self.in_shape),
         )
 
 

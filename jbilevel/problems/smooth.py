@@ -88,7 +88,8 @@ class SmoothProblem(Problem):
 
     def view(self, params, data) -> SmoothView:
         constants = jax.lax.stop_gradient(self.constants(params, data))
-        return SmoothView(lambda x: self.energy(params, x, data), constants, partial(self._single, params, data))
+        reduced = partial(self._single, params, data)
+        return SmoothView(lambda x: self.energy(params, x, data), constants, reduced, inputs=(params, data))
 
     def _single(self, params, data, x):
         wanted = trees.size(x) >= MIXED_SIZE if self.mixed_precision is None else self.mixed_precision

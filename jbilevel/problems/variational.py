@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
@@ -311,18 +312,31 @@ def _saddle_problem(form: SaddleForm) -> SaddleProblem:
         regularizer.saddle(None)  # which raises
     if operator is not None and form.model.operator_norm is None:
         raise ValueError("the saddle form of a plain function needs `operator_norm`, a bound on its norm.")
+    mu_primal, mu_dual = _moduli(form)
     return VariationalSaddle(
         _Part(form.linear),
         _Part(form.prox_primal),
         _Part(form.prox_dual),
         _Part(form.start),
-        mu_primal=_Part(form.mu_primal),
-        mu_dual=_Part(form.mu_dual),
+        mu_primal=mu_primal,
+        mu_dual=mu_dual,
         norm=1.0,
         transpose=_Part(form.transpose),
         scaling=_Part(form.scaling),
         exact_adjoint=_told(operator, "exact_adjoint") is not False,
     )
+
+
+def _moduli(form: SaddleForm) -> list:
+    """Both moduli as functions of (params, data), or the number 0 where there is none whatever the params are."""
+    methods, known = (form.mu_primal, form.mu_dual), []
+
+    def look():
+        params = form.model.regularizer.init()
+        known.extend(_strong(method(params, None)) for method in methods)
+
+    jax.eval_shape(look)
+    return [_Part(method) if there else 0.0 for method, there in zip(methods, known, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -390,7 +404,8 @@ def _strong(modulus) -> bool:
 
 
 def _smallest(steps):
-    return jnp.min(jnp.stack([jnp.min(jnp.asarray(s)) for s in jax.tree.leaves(steps)]))
+    # of plain numbers a weak type: a strong float64 would make the steps of float32 images float64
+    return reduce(jnp.minimum, (jnp.min(s) if jnp.ndim(s) else s for s in jax.tree.leaves(steps)))
 
 
 def _as_real(y):

@@ -27,6 +27,11 @@ from jbilevel._views.weighted_l1 import Penalty, WeightedL1View
 from jbilevel.solvers.forward_backward import ForwardBackward
 
 
+def exponential(params):
+    """exp of all of params, whatever their structure."""
+    return jax.tree.map(jnp.exp, params)
+
+
 @dataclass(frozen=True)
 class WeightedL1Problem(Problem):
     """x_hat(params) = argmin_x smooth(params, x, data) + sum_i weights(params)_i |x_i|.
@@ -55,7 +60,7 @@ class WeightedL1Problem(Problem):
     smooth: Callable
     init: Callable
     _: KW_ONLY
-    weights: Callable = jnp.exp
+    weights: Callable = exponential
     strong_convexity: Constant = None
     smoothness: Constant = None
     groups: int | None = None
@@ -77,6 +82,8 @@ class WeightedL1Problem(Problem):
             if not 0 <= value < math.inf or (name == "smoothness" and value == 0):
                 what = "nonnegative" if name == "strong_convexity" else "positive"
                 raise ValueError(f"WeightedL1Problem `{name}` must be {what}, got {value}; use None when unknown.")
+        if self.weights is jnp.exp:  # which reads one array, and cannot be pickled
+            object.__setattr__(self, "weights", exponential)
         if self.groups is not None and not isinstance(self.groups, int):
             raise TypeError(f"WeightedL1Problem `groups` must be an axis of x or None, got {self.groups!r}.")
         require_hashable(self)
@@ -89,8 +96,7 @@ class WeightedL1Problem(Problem):
         return WeightedL1View(smooth, Penalty(self._like(shape, self._weights(params)), self.groups))
 
     def _weights(self, params):
-        # the default reads params of any structure
-        return jax.tree.map(jnp.exp, params) if self.weights is jnp.exp else self.weights(params)
+        return self.weights(params)
 
     def _like(self, shape, weights):
         """The weights as a pytree like x of arrays like its leaves, of size 1 along the axis of groups."""

@@ -24,10 +24,13 @@ from jbilevel.solvers.loop import default_tolerance, solve_jitted, start_jitted
 from jbilevel.solvers.newton import NewtonCG as NewtonCG
 from jbilevel.solvers.optax_steps import Optax as Optax
 from jbilevel.solvers.pdhg import PDHG as PDHG
+from jbilevel.solvers.preconditioners import Diagonal as Diagonal
+from jbilevel.solvers.preconditioners import Preconditioner as Preconditioner
 
 __all__ = [
     "AGD",
     "CG",
+    "Diagonal",
     "External",
     "ForwardBackward",
     "GradientDescent",
@@ -38,6 +41,7 @@ __all__ = [
     "NonmonotoneAPG",
     "Optax",
     "PDHG",
+    "Preconditioner",
     "solve",
 ]
 

@@ -46,6 +46,10 @@ class Solver(Contract, abstract="jb.Solver"):
         """What has to fall besides the residual for a step to count as progress: the energy, where it is known."""
         return state.residual
 
+    def least_curvature(self, state) -> Any:
+        """The smallest curvature that was seen on the way, inf where nobody looked: it may disprove a modulus."""
+        return jnp.inf
+
     def failure(self, state) -> Any:
         """The `Status` that says why the solver cannot go on, RUNNING while it can."""
         return RUNNING

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
+from jbilevel.prox import same_output
 
 PATIENCE = 50
+TRUSTED = 10  # steps in which <p, p> by recurrence is good to many digits
+EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
 
 
 class CGState(NamedTuple):
@@ -24,42 +27,54 @@ class CGState(NamedTuple):
     dd: Any  # <d, d>
     start_norm: Any  # ||x0||
     curvature: Any  # largest p'Hp/p'p met
+    least_curvature: Any  # smallest one of the first steps, which disproves a larger modulus of convexity
     steps: Any
     best: Any  # rr when it last fell by 2 per cent
     stalled: Any  # steps since then
     status: Any
+    rz: Any = None  # <r, M r> with a preconditioner M
 
 
-def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False) -> CGState:
+def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False, inverse=None) -> CGState:
     """Hestenes-Stiefel conjugate gradients until ``||b - H x|| <= tol``.
 
     Stops with INDEFINITE at a direction of nonpositive curvature (Steihaug 1983): x is then the last iterate before
-    it, or x0. ``zero_start`` saves the product H x0 when x0 is known to be zero.
+    it, or x0. ``zero_start`` saves the product H x0 when x0 is known to be zero. ``inverse``: r -> M r, see `cg`.
     """
     r = b if zero_start else trees.cast_like(trees.sub(b, product(x0)), b)
     rr = trees.squared_norm(r)
     zero = jnp.zeros((), jnp.int32)
     none, never = jnp.zeros_like(rr), jnp.full_like(rr, jnp.inf)
     start_norm = none if zero_start else trees.norm(x0)
+    z, rz = (r, None) if inverse is None else _preconditioned(inverse, r, rr)
     start = CGState(
         x=x0,
         residual=r,
-        direction=r,
+        direction=z,
         rr=rr,
-        pp=rr,
+        pp=rr if rz is None else trees.squared_norm(z),
         dp=none,
         dd=none,
         start_norm=start_norm,
         curvature=none,
+        least_curvature=never,
         steps=zero,
         best=never,
         stalled=zero,
         status=zero,
+        rz=rz,
     )
-    return resume(product, start, tol, max_steps)
+    return resume(product, start, tol, max_steps, inverse=inverse)
 
 
-def resume(product, state: CGState, tol, max_steps) -> CGState:
+def _preconditioned(inverse, r, rr):
+    """(M r, <r, M r>), which is 0 where it is not positive beyond rounding: M is then not positive definite."""
+    z = inverse(r)
+    rz, rounding = trees.dot(r, z), trees.eps(r) * jnp.sqrt(rr) * trees.norm(z)
+    return z, jnp.where(rz <= jnp.where(jnp.isfinite(rounding), rounding, 0.0), 0.0, rz)
+
+
+def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
     """Go on from a state of `iterate`, with another tolerance or step limit (counted from the first step)."""
     eps = trees.eps(state.x)
 
@@ -72,6 +87,9 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
         rounding = (s.steps > 0) & (jnp.sqrt(s.rr) <= floor)
         status = jnp.where(stagnated | rounding, Status.PRECISION, status)
         status = jnp.where(s.status == Status.INDEFINITE, Status.INDEFINITE, status)
+        if s.rz is not None:
+            status = jnp.where(s.rz == 0, Status.PRECONDITIONER, status)
+            status = jnp.where(jnp.isfinite(s.rz), status, Status.NONFINITE)
         status = jnp.where(jnp.sqrt(s.rr) <= tol, Status.CONVERGED, status)
         status = jnp.where(jnp.isfinite(s.rr), status, Status.NONFINITE)
         best = jnp.where(better, s.rr, s.best)
@@ -81,19 +99,23 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
         hp = trees.cast_like(product(s.direction), s.direction)
         php = trees.dot(s.direction, hp)
         positive = php > 0
-        alpha = jnp.where(positive, s.rr / jnp.where(positive, php, 1.0), 0.0)
+        alpha = jnp.where(positive, (s.rr if s.rz is None else s.rz) / jnp.where(positive, php, 1.0), 0.0)
         x = trees.add_scaled(s.x, alpha, s.direction)
         r = trees.add_scaled(s.residual, -alpha, hp)
         rr = trees.squared_norm(r)
-        beta = rr / s.rr
-        direction = trees.add_scaled(r, beta, s.direction)
-        pp = rr + beta**2 * s.pp
-        dp = beta * (s.dp + alpha * s.pp)
-        dd = s.dd + 2 * alpha * s.dp + alpha**2 * s.pp
+        z, rz = (r, None) if inverse is None else _preconditioned(inverse, r, rr)
+        beta = rr / s.rr if rz is None else rz / s.rz
+        direction = trees.add_scaled(z, beta, s.direction)
+        if rz is None:
+            pp = rr + beta**2 * s.pp
+            dp = beta * (s.dp + alpha * s.pp)
+            dd = s.dd + 2 * alpha * s.dp + alpha**2 * s.pp
+        else:  # the recurrences are those of the norm of M^-1; ||x|| <= start_norm + ||x|| will do
+            pp, dp, dd = trees.squared_norm(direction), s.dp, trees.squared_norm(x)
         # a NaN product is NONFINITE, not a direction of negative curvature
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
         rr = jnp.where(jnp.isnan(php), jnp.nan, rr)
-        curvature = jnp.maximum(s.curvature, php / s.pp)
+        quotient = php / s.pp
         following = s._replace(
             x=x,
             residual=r,
@@ -102,9 +124,12 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
             pp=pp,
             dp=dp,
             dd=dd,
-            curvature=curvature,
+            curvature=jnp.maximum(s.curvature, quotient),
+            # later ones suffer from the recurrences
+            least_curvature=jnp.where(s.steps < TRUSTED, jnp.minimum(s.least_curvature, quotient), s.least_curvature),
             steps=s.steps + 1,
             status=status,
+            rz=rz,
         )
         return update_status(following)
 
@@ -114,26 +139,46 @@ def resume(product, state: CGState, tol, max_steps) -> CGState:
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
 
 
-def cg(product, b, x0=None, *, tol, max_steps=1000) -> tuple[Any, SolveInfo]:
+def disproves(state: CGState, modulus):
+    """Whether a Rayleigh quotient that was met lies below a modulus of convexity, by more than rounding."""
+    noise = 64 * trees.eps(state.x) * state.curvature
+    return state.least_curvature < (1 - EXCESS) * modulus - noise
+
+
+def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None, modulus=None) -> tuple[Any, SolveInfo]:
     """Solve ``H x = b`` for a symmetric positive definite H given by its product, to ``||b - H x||_2 <= tol``.
 
     Args:
       product: ``v -> H v`` on pytrees like b.
       b: right-hand side. x0: warm start (zero when None).
       tol: absolute, may be traced. max_steps: may be traced.
+      inverse: ``r -> M r`` on pytrees like b, a symmetric positive definite preconditioner M close to H^-1; None: the
+        identity. What is stopped on and reported is the residual itself, not that of the preconditioned system.
+      modulus: a lower bound on the eigenvalues of H that is to be watched; None: none.
 
     Returns:
       (x, info): info.residual is recomputed as ``||b - H x||``, not taken from the recurrence; info.error is inf
-      (divide the residual by mu where it is known). INDEFINITE when a direction of nonpositive curvature was met.
+      (divide the residual by mu where it is known). INDEFINITE when a direction of nonpositive curvature was met,
+      PRECONDITIONER when <r, M r> was not positive; x is then the last iterate before. CONVEXITY when a Rayleigh
+      quotient was below ``modulus``.
+
+    Raises:
+      ValueError, TypeError: M r does not have the structure and the shapes, or the dtypes, of r.
 
     >>> import jax.numpy as jnp
     >>> x, info = cg(lambda v: jnp.array([2.0, 4.0]) * v, jnp.array([2.0, 4.0]), tol=1e-6)
     >>> bool(jnp.allclose(x, 1.0)), int(info.status)
     (True, 0)
     """
+    if inverse is not None:
+        same_output(jax.eval_shape(inverse, b), b, "a preconditioner")
     start = trees.zeros_like(b) if x0 is None else trees.cast_like(x0, b)
-    last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None)
-    return last.x, finish(product, b, last.x, last.status, last.steps, tol, products=last.steps + (x0 is not None))
+    last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None, inverse=inverse)
+    info = finish(product, b, last.x, last.status, last.steps, tol, products=last.steps + (x0 is not None))
+    if modulus is None:
+        return last.x, info
+    wrong = disproves(last, modulus) & (info.status <= Status.MAX_STEPS)
+    return last.x, info._replace(status=jnp.where(wrong, Status.CONVEXITY, info.status).astype(jnp.int32))
 
 
 def finish(product, b, x, status, steps, tol, *, products) -> SolveInfo:

@@ -3,37 +3,83 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
+
+import jax
 
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo
+from jbilevel._core.validate import require_hashable
 from jbilevel.solvers.cg import cg
 from jbilevel.solvers.minres import minres
+from jbilevel.solvers.preconditioners import Preconditioner
 
 
 class LinearSolver(Contract, abstract="jb.solvers.LinearSolver"):
-    """Solves H q = b for a symmetric H that is given by its product with a vector.
+    """Solves H q = b for a symmetric H that is given by its product with a vector."""
 
-    Attributes:
-      refinable: whether most of its steps may be taken in float32, with residuals in float64 (iterative refinement).
-    """
+    @property
+    def refinable(self) -> bool:
+        """Whether most of its steps may be taken in float32, with residuals in float64 (iterative refinement)."""
+        return False
 
-    refinable: ClassVar[bool] = False
+    def at(self, view, x) -> LinearSolver:
+        """What solves systems with the Hessian of a `SmoothView` at x; itself where nothing depends on these."""
+        return self
 
     @abstractmethod
     def solve(self, product, b, q, *, tol, max_steps) -> tuple[Any, SolveInfo]:
         """(q, info) with ``||b - H q||_2 <= tol`` where info says CONVERGED, from a start q (zero where None)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CG(LinearSolver):
-    """Conjugate gradients, see `cg`: H is positive definite, and INDEFINITE says where it is not."""
+    """Conjugate gradients, see `cg`: H is positive definite, and INDEFINITE says where it is not.
 
-    refinable = True
+    Args:
+      preconditioner: a `Preconditioner`, such as `Diagonal`; None: none, which is the faster for smoothed total
+        variation. Tolerances and residuals are those of H q = b itself. All steps are then taken in the dtype of x.
+
+    Raises:
+      TypeError: ``preconditioner`` is no `Preconditioner`, or does not hash.
+    """
+
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self):
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
+            kind = type(self.preconditioner).__name__
+            raise TypeError(f"`preconditioner` of CG must be a jb.solvers.Preconditioner, got {kind}.")
+        require_hashable(self)
+
+    @property
+    def refinable(self):
+        return self.preconditioner is None
+
+    def at(self, view, x):
+        modulus = view.constants.strong_convexity
+        if self.preconditioner is None:
+            return _PreparedCG(None, modulus)
+        if view.inputs is None:
+            raise TypeError("a preconditioner needs jb.SmoothView(..., inputs=(params, data)) from `Problem.view`.")
+        (params, data), x = jax.lax.stop_gradient((view.inputs, x))
+        return _PreparedCG(self.preconditioner.inverse(params, x, data), modulus)
 
     def solve(self, product, b, q, *, tol, max_steps):
+        if self.preconditioner is not None:
+            raise TypeError("CG with a preconditioner solves at a point: linear_solver.at(view, x).solve(...).")
         return cg(product, b, q, tol=tol, max_steps=max_steps)
+
+
+@dataclass(frozen=True)
+class _PreparedCG(LinearSolver):
+    inverse: Callable | None
+    modulus: Any
+
+    def solve(self, product, b, q, *, tol, max_steps):
+        return cg(product, b, q, tol=tol, max_steps=max_steps, inverse=self.inverse, modulus=self.modulus)
 
 
 @dataclass(frozen=True)

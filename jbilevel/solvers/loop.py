@@ -137,7 +137,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     last = jax.lax.while_loop(lambda progress: progress.status == RUNNING, advance, first)
     state = last.state
     info = SolveInfo(
-        status=_contradicted(view, first, last, target),
+        status=_contradicted(solver, view, first, last, target),
         steps=last.steps,
         residual=state.residual,
         error=view.error_bound(state.residual),
@@ -146,17 +146,17 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     return Solution(state.x, state.gradient, info, state)
 
 
-def _contradicted(view, first: _Progress, last: _Progress, target):
+def _contradicted(solver: Solver, view, first: _Progress, last: _Progress, target):
     """The status, unless what was seen on the way contradicts what the problem says, or that this is a minimum."""
-    status, ended = last.status, last.status <= Status.MAX_STEPS
-    wrong = view.contradicts(first.state, last.state)
-    if wrong is not None:
-        status = jnp.where(ended & wrong, Status.CONVEXITY, status)
+    wrong = view.contradiction(first.state, last.state, solver.least_curvature(last.state))
+    # steps that were too long end at infinity
+    explained = (last.status <= Status.MAX_STEPS) | (last.status == Status.NONFINITE)
+    status = jnp.where(explained & (wrong != RUNNING), wrong, last.status)
+    if (concave_at := view.concave_at()) is None:
+        return status.astype(jnp.int32)
     # a descent ends at a maximum only where it began there
     still = (last.steps == first.steps) & (status == Status.CONVERGED) & jnp.isfinite(target)
-    if jax.eval_shape(view.concave, last.state.x) is None:
-        return status.astype(jnp.int32)
-    concave = jax.lax.cond(still, view.concave, lambda _: jnp.asarray(False), last.state.x)
+    concave = jax.lax.cond(still, concave_at, lambda _: jnp.asarray(False), last.state.x)
     return jnp.where(concave, Status.INDEFINITE, status).astype(jnp.int32)
 
 

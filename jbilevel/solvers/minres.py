@@ -134,6 +134,7 @@ def _cycle(product, b, m: MinresState, tol, max_steps) -> MinresState:
     status = jnp.where(~halved & (jnp.minimum(size, m.size) <= floor), Status.PRECISION, status)
     status = _final_status(size, tol, status)
     x, residual = trees.where(worse, (m.x, m.residual), (last.x, residual))
+    products = m.products + last.steps - m.steps + 1
     return MinresState(
         x=x,
         residual=residual,
@@ -141,7 +142,7 @@ def _cycle(product, b, m: MinresState, tol, max_steps) -> MinresState:
         norm=last.norm,
         lowest=last.lowest,
         steps=last.steps,
-        products=m.products + last.steps - m.steps + 1,
+        products=products,
         status=status,
     )
 

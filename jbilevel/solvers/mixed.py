@@ -26,6 +26,7 @@ class InexactSolution(NamedTuple):
     status: Any
     steps: Any
     curvature: Any  # largest met
+    least_curvature: Any
 
 
 class Hessian(NamedTuple):
@@ -54,13 +55,15 @@ class Hessian(NamedTuple):
         """`start` and `solution`, in the dtype of b after all where float32 overflowed."""
         state = self.start(b, steps, rtol)
         x = trees.scale(trees.norm(b), trees.cast_like(state.x, b))  # the last finite iterate
-        first = InexactSolution(x, state.status, state.steps, state.curvature.astype(trees.dtype(b)))
+        curvatures = (c.astype(trees.dtype(b)) for c in (state.curvature, state.least_curvature))
+        first = InexactSolution(x, state.status, state.steps, *curvatures)
         if not self.in_single:
             return first
         failed = state.status == Status.NONFINITE
         tol, steps = rtol * trees.norm(b), jnp.where(failed, steps, 0)
         retried = iterate(self.full, b, trees.zeros_like(b), tol, steps, zero_start=True)
-        second = InexactSolution(retried.x, retried.status, retried.steps + state.steps, retried.curvature)
+        steps = retried.steps + state.steps
+        second = InexactSolution(retried.x, retried.status, steps, retried.curvature, retried.least_curvature)
         return trees.where(failed, second, first)
 
     def _attainable(self, rtol, b):

@@ -24,6 +24,7 @@ class NewtonState(NamedTuple):
     gradient: Any
     residual: Any
     curvature: Any
+    least_curvature: Any  # of all systems
     evaluations: Work
     value: Any
     direction: Any
@@ -66,7 +67,8 @@ class NewtonCG(Solver):
         model = QuadraticModel.of(view, x0)
         zero = jnp.zeros_like(model.gradient_norm)
         work = Work.zero().plus(gradients=1)
-        return self._newton_state(view, model, self.forcing, target, length=1.0, curvature=zero, work=work)
+        curvatures = zero, jnp.full_like(zero, jnp.inf)
+        return self._newton_state(view, model, self.forcing, target, length=1.0, curvatures=curvatures, work=work)
 
     def step(self, view, state: NewtonState, target) -> NewtonState:
         in_phase = state.phase_target > 0
@@ -88,7 +90,13 @@ class NewtonCG(Solver):
         length = jnp.where(in_phase, 1.0, length)
         wanted = jnp.where(newton, target, jnp.inf)
         with_newton = self._newton_state(
-            view, model, forcing, wanted, length=length, curvature=state.curvature, work=work
+            view,
+            model,
+            forcing,
+            wanted,
+            length=length,
+            curvatures=(state.curvature, state.least_curvature),
+            work=work,
         )
         shorter = state._replace(length=0.25 * state.length, backtracked=jnp.asarray(True), evaluations=work)
         mu = view.constants.strong_convexity
@@ -111,7 +119,7 @@ class NewtonCG(Solver):
         accelerate = accelerate & (mu > 0) & (in_phase | worthwhile)
         return trees.where(newton, with_newton, trees.where(accelerate, with_gradient_step, shorter))
 
-    def _newton_state(self, view, model: QuadraticModel, forcing, target, *, length, curvature, work) -> NewtonState:
+    def _newton_state(self, view, model: QuadraticModel, forcing, target, *, length, curvatures, work) -> NewtonState:
         """State at x with its Newton direction; no system is solved where the residual meets the target."""
         x, gradient, residual = model.x, model.gradient, model.gradient_norm
         # the last system needs no more accuracy than the target
@@ -126,7 +134,8 @@ class NewtonCG(Solver):
             x=x,
             gradient=gradient,
             residual=residual,
-            curvature=jnp.maximum(curvature, inner.curvature),
+            curvature=jnp.maximum(curvatures[0], inner.curvature),
+            least_curvature=jnp.minimum(curvatures[1], inner.least_curvature),
             evaluations=work.plus(products=inner.steps),
             value=model.value,
             direction=direction,
@@ -153,6 +162,9 @@ class NewtonCG(Solver):
         return state._replace(
             direction=trees.sub(extrapolated, state.x), length=one, phase_target=phase_target, previous=point
         )
+
+    def least_curvature(self, state):
+        return state.least_curvature
 
     def value(self, state):
         return state.value

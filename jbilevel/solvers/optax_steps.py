@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jbilevel._core import trees
+from jbilevel._core.optimizers import Optimizer, WithOptimizer
 from jbilevel._core.results import Work
 from jbilevel.solvers.agd import first_iterate
 from jbilevel.solvers.base import Solver
@@ -26,22 +27,23 @@ class OptaxState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Optax(Solver):
+class Optax(WithOptimizer, Solver):
     """x+ = x + update(gradient) by an optax optimiser, such as ``Optax(optax.adam(1e-2))`` for Adam.
 
     For comparisons: the steps know no constant of the problem, and a rate that does not suit ends as MAX_STEPS,
-    STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve.
+    STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve. A function that
+    makes the optimiser, ``Optax(functools.partial(optax.adam, 1e-2))``, can be pickled.
     """
 
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
 
     patience = 1000
 
     def init(self, view, x0, target) -> OptaxState:
-        return OptaxState(**first_iterate(view, x0)._asdict(), memory=self.optimizer.init(x0))
+        return OptaxState(**first_iterate(view, x0)._asdict(), memory=self.transformation().init(x0))
 
     def step(self, view, state: OptaxState, target) -> OptaxState:
-        change, memory = self.optimizer.update(state.gradient, state.memory, state.x)
+        change, memory = self.transformation().update(state.gradient, state.memory, state.x)
         x = trees.cast_like(optax.apply_updates(state.x, change), state.x)
         value, gradient = view.value_and_gradient(x)
         return OptaxState(

@@ -40,6 +40,20 @@ class PDHGState(NamedTuple):
     norm: Any  # the bound on ||K|| in use
 
 
+def expands(prox, v, step):
+    """Whether a map is seen to be no proximal map: these are firmly nonexpansive in the metric of the step.
+
+    Looked at once, between v and v plus a random vector.
+    """
+    w = trees.add(v, trees.random_like(v, 0))
+    p, q = prox(v, step), prox(w, step)
+    inside, outside = trees.sub(q, p), trees.sub(w, v)
+    length = lambda u: jnp.sqrt(trees.dot(u, divided(u, step)))  # noqa: E731
+    noise = 64 * trees.eps(v) * (length(w) + length(v) + length(p) + length(q))
+    gap = trees.dot(inside, divided(trees.sub(outside, inside), step))
+    return gap < -(EXCESS * length(inside) + noise) * length(inside)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PDHG(Solver):
     """x+ = prox_{tau g}(x - tau K*y), y+ = prox_{sigma f*}(y + sigma K(x+ + theta (x+ - x))) (Chambolle & Pock 2011).
@@ -87,7 +101,12 @@ class PDHG(Solver):
         norm = jnp.asarray(view.norm, dtype)
         tau, sigma = self.steps(view, norm)
         point = Point(x=x, y=y, kx=view.linear(x), kty=view.transpose(y), tau=tau, sigma=sigma)
-        return self._measured_iteration(view, swap, point, norm, Work.zero().plus(gradients=1))
+        state = self._measured_iteration(view, swap, point, norm, Work.zero().plus(gradients=1))
+        if view.linear_system:
+            return state
+        t, s = view.step_trees(tau, sigma)
+        wrong = expands(view.prox_primal, x, t) | expands(view.prox_dual, y, s)
+        return state._replace(failure=jnp.where(wrong, Status.PROX, state.failure).astype(jnp.int32))
 
     def step(self, view: SaddleView, state: PDHGState, target) -> PDHGState:
         view, swap = self._order(view)

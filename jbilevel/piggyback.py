@@ -46,12 +46,14 @@ class Oracle(AdjointOracle):
     problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
 
     >>> import jax.numpy as jnp, jbilevel as jb
-    >>> problem = jb.variational(None, jb.regularizers.TV())  # two pixels: each moves towards the other by exp(params)
-    >>> oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=0), estimate=False)
-    >>> batch = {"y": jnp.array([[[0.0, 1.0]]]), "x": jnp.array([[[0.2, 0.8]]])}
-    >>> hg = oracle(jnp.log(jnp.array([0.1])), batch, tol=1e-4)
-    >>> round(float(hg.value), 3), round(float(hg.grad[0]), 3)  # of (exp(p) - 0.2)^2
-    (0.01, -0.02)
+    >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)
+    ...     lambda p, x, d: x, lambda p, v, step, d: jb.prox.squared_distance(v, step, d),
+    ...     lambda p, v, step, d: jb.prox.squared_distance(v, step, 0.0, 1 / p),
+    ...     lambda p, d: (jnp.zeros_like(d), jnp.zeros_like(d)), mu_primal=1.0, mu_dual=lambda p, d: 1 / p, norm=1.0)
+    >>> oracle = jb.piggyback.Oracle(ridge, lambda p, pair, d: 0.5 * (pair[0] - 3.0) ** 2, estimate=False)
+    >>> hg = oracle(jnp.array(1.0), jnp.array([4.0]), tol=1e-5)  # the loss takes the pair (x, y)
+    >>> round(float(hg.value), 3), round(float(hg.grad), 3)  # of (4/(1 + p) - 3)^2/2
+    (0.5, 1.0)
     """
 
     mode: str = "sequential"

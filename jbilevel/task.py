@@ -262,8 +262,8 @@ class TaskAdapted:
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
-    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), jb.losses.squared_error(None))
-    >>> found = TaskAdapted(jnp.array([-2.0]), jnp.array(3.0), None, pipeline)
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), lambda output, label: (output - label) ** 2)
+    >>> found = TaskAdapted(regularizer=jnp.array([-2.0]), task=jnp.array(3.0), fit=None, pipeline=pipeline)
     >>> batch = {"y": jnp.ones((2, 4, 4))}
     >>> found.reconstruct(batch).shape, found(batch).tolist()  # pictures, and what the task makes of them
     ((2, 4, 4), [3.0, 3.0])

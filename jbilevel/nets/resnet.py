@@ -36,10 +36,12 @@ class ResNet(nnx.Module):
 
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> from flax import nnx
-    >>> net = ResNet(18, 3, width=4, channels=1, rngs=nnx.Rngs(0))
-    >>> f, params = jb.nets.from_flax(net)
-    >>> jax.eval_shape(f, params, jnp.ones((32, 32))).shape
+    >>> def make():
+    ...     return ResNet(18, 3, width=4, channels=1, rngs=nnx.Rngs(0))
+    >>> jax.eval_shape(lambda x: make()(x), jnp.ones((32, 32))).shape
     (3,)
+    >>> net = nnx.eval_shape(make)  # shapes without numbers; make() is the network
+    >>> f, params = jb.nets.from_flax(net)
     >>> trained, frozen = jb.partition(params, net.last(1))  # fine-tuning of the last stage and the classifier
     """
 

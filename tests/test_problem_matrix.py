@@ -126,14 +126,25 @@ def test_the_default_solver_finds_the_solution_and_tells_how_far_it_is(name):
             if issubclass(problem.view_type, jb.SmoothView):
                 assert least == pytest.approx(float(info.residual), rel=1e-6, abs=1e-13)
     assert away <= 1e-9
-    for steps in (0, 1, 2, 4):  # what is claimed holds wherever a solve ends
-        early, info = jb.solve(problem, kind.params, data, tol=TIGHT, max_steps=steps)
-        assert np.linalg.norm(picture(problem, early) - exact) <= info.error + 1e-13
     again, warm = jb.solve(problem, kind.params, data, x, tol=1e-3)
     assert warm.steps == 0 and warm.status == jb.Status.CONVERGED
     unasked, info = jb.solve(problem, kind.params, data)
     jb.check(info, strict=True)
     assert 0 < np.linalg.norm(picture(problem, unasked) - exact) <= 1e-4
+
+
+@EACH
+def test_the_bound_on_the_distance_holds_wherever_a_solve_ends(name):
+    kind, problem, batch = made(name)
+    shares = []
+    for i in range(kinds.COUNT):
+        exact = solution(kind, kind.params, batch, i)
+        for steps in range(8):
+            x, info = jb.solve(problem, kind.params, sample(batch, i), tol=TIGHT, max_steps=steps)
+            away = np.linalg.norm(picture(problem, x) - exact)
+            assert away <= info.error + 1e-13
+            shares.append(away / info.error)
+    assert problem.lacks() is not None or max(shares) > 0.1  # nor is it far off
 
 
 @EACH

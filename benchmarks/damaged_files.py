@@ -1,13 +1,14 @@
 """What do readers, saved files and checkpoints make of damaged and of hostile files?
+Right is an error that names the file, or a result.
 
     python benchmarks/damaged_files.py           # 800 files of each kind and the hostile ones: about half an hour
     python benchmarks/damaged_files.py --quick   # 200 files
 
 Sound files (`sound_files`) are damaged at random: bits, bytes, numbers, cuts, blocks; half of them below the checksum
 or the compression. Files made to do harm are in `hostile_files`. All are read in another process, with limits of time
-and of address space. Right is a ValueError (or FileNotFoundError, ImportError) that names the file, or a result. All
-else is counted: other errors, errors without the name, more than 5 s of processor time, more than 1 GB, a process that
-died or had to be killed, and what was done besides reading (processes, sockets, pickles, writing elsewhere).
+and of address space. The error must be a ValueError (FileNotFoundError, ImportError); counted are others, those without
+the name, more than 5 s of processor time, more than 1 GB, a process that died or had to be killed, and what was done
+besides reading (processes, sockets, pickles, writing elsewhere).
 """
 
 from __future__ import annotations
@@ -231,14 +232,16 @@ def render(rows) -> str:
     kinds = [kind for kind in WRONG if any(row["figures"][kind] for row in rows)]
     body = [
         [row["case"]["row"], *(row["figures"][k] for k in ("files", "read", "refused", *kinds)),
-         common.rounded(row["figures"]["slowest"], 2), common.rounded(row["figures"]["largest"], 2)]
+         common.rounded(row["figures"]["slowest"], 2), common.whole(1000 * row["figures"]["largest"])]
         for row in rows
     ]  # fmt: skip
     total = ["all", *(sum(line[k] for line in body) for k in range(1, 4 + len(kinds))), "", ""]
     absent = [kind for kind in WRONG if kind not in kinds]
     words = f"Not seen once: {', '.join(absent)}.\n" if absent else ""
     words += f"With {', '.join(' '.join(item) for item in rows[0]['settings']['packages'].items())}.\n\n"
-    return words + common.table(["", "files", "read", "refused by name", *kinds, "s", "GB"], [*body, total])
+    return words + common.table(
+        ["", "files", "read", "refused by name", *kinds, "slowest, s", "largest, MB"], [*body, total]
+    )
 
 
 def main(argv=None) -> None:

@@ -16,4 +16,9 @@ def render(rows: Sequence[dict]) -> str:
     parts: dict[str, list[dict]] = {}
     for row in rows:
         parts.setdefault(row["benchmark"].partition(": ")[2], []).append(row)
-    return "\n".join(importlib.import_module(f"benchmarks.{name}").render(own) for name, own in parts.items())
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in parts}
+    return "\n".join(f"{first_paragraph(modules[name])}\n\n{modules[name].render(own)}" for name, own in parts.items())
+
+
+def first_paragraph(module) -> str:
+    return module.__doc__.strip().split("\n\n")[0]

@@ -15,7 +15,6 @@ Writes a table and figures to --out; about a minute and a half on two cores.
 from __future__ import annotations
 
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +56,9 @@ def main(argv=None):
     parser.add_argument("--noise", type=float, default=2.0, help="standard deviation on line integrals (about 100)")
     parser.add_argument("--train", type=int, default=6, help="slices to learn from")
     parser.add_argument("--test", type=int, default=3, help="slices to judge on")
-    parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time")
+    parser.add_argument(
+        "--work", type=float, default=20_000, help="stop learning once this many gradient-equivalents are spent"
+    )
     args = pictures.parsed(parser, argv)
 
     A, norm, batch = scans(args, np.random.default_rng(args.seed))
@@ -73,11 +74,10 @@ def main(argv=None):
     network = jb.regularizers.ICNN(hidden=8, outputs=2, boundary="zero")
     problem = jb.variational(operator, network, form="saddle")
     oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=(0, 0)), solver=SOLVER)
-    until = time.perf_counter() + args.seconds
     result = jb.fit(
         jb.MAID(oracle, projection=network.project), network.init(jax.random.key(args.seed), weight=1e-3), train,
         steps=300, progress=not args.quiet, log=args.out / "maid.csv",
-        callback=lambda step, state, info: time.perf_counter() > until,
+        work_budget=args.work,
     )  # fmt: skip
     values = result.history["value"]
     print(f"{result.steps} steps, training loss {values[0]:.3f} to {values[-1]:.3f}: {result.message}")

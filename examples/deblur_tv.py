@@ -42,7 +42,7 @@ def least_squares(A, y, steps=200):
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "deblur_tv", sigma=0.01, crops=40, seconds=40)
+    parser = pictures.parser(__doc__, "deblur_tv", sigma=0.01, crops=40, work=60_000)
     parser.add_argument("--blur", type=float, default=1.5, help="standard deviation of the blur in pixels")
     args = pictures.parsed(parser, argv)
 

@@ -55,13 +55,12 @@ def learn(name: str, regularizer, images, batch, args):
 
     adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate(1e-2, args.steps), b2=0.99))
     method = jb.FirstOrder(oracle, adam, tol=0.1, adjoint_tol=0.1, projection=keep)
-    until = time.perf_counter() + args.seconds
     result = fit(
         method, theta, batches(images, args, 4, 1), steps=args.steps, log=args.out / f"{name}.csv",
-        callback=lambda step, state, info: time.perf_counter() > until,
+        work_budget=args.work,
     )  # fmt: skip
     print(f"{name}: {args.score_steps} steps of score matching, {result.steps} bilevel steps, "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+          f"{time.perf_counter() - started:.0f} s ({result.message})")  # fmt: skip
     jb.save(args.out / f"{name}.npz", result.params, {"sigma": args.sigma, "regularizer": repr(regularizer)})
     weights = np.linalg.norm(regularizer.filters(result.params), axis=(1, 2))
     pictures.filter_figure(args.out / f"{name}_filters.png", np.asarray(regularizer.filters(result.params)), weights)
@@ -69,7 +68,7 @@ def learn(name: str, regularizer, images, batch, args):
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "denoise_crr", crop_size=40, seconds=60)
+    parser = pictures.parser(__doc__, "denoise_crr", crop_size=40, work=100_000)
     parser.add_argument("--score-steps", type=int, default=300, help="steps of score matching")
     parser.add_argument("--steps", type=int, default=150, help="bilevel steps at most")
     args = pictures.parsed(parser, argv)

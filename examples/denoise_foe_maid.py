@@ -11,8 +11,6 @@ on two cores with the photographs that ship inside scikit-image; --images DIR ta
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +34,7 @@ def schedule_figure(path, history):
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "denoise_foe_maid", seconds=90)
+    parser = pictures.parser(__doc__, "denoise_foe_maid", work=150_000)
     parser.add_argument("--filters", type=int, default=16, help="number of filters")
     parser.add_argument("--filter-size", type=int, default=5, help="their side in pixels")
     args = pictures.parsed(parser, argv)
@@ -50,10 +48,9 @@ def main(argv=None):
     foe = jb.regularizers.FoE(count=args.filters, size=args.filter_size)
     problem = jb.variational(None, foe)
     method = jb.MAID(jb.implicit.Oracle(problem, pictures.psnr_loss), projection=foe.project, window=0.85)
-    until = time.perf_counter() + args.seconds
     result = jb.fit(
         method, foe.init(jax.random.key(args.seed), dtype=jnp.float32), train, steps=1000, progress=not args.quiet,
-        callback=lambda step, state, info: time.perf_counter() > until, log=args.out / "maid.csv",
+        work_budget=args.work, log=args.out / "maid.csv",
     )  # fmt: skip
     count = sum(leaf.size for leaf in jax.tree.leaves(result.params))
     print(f"{count} parameters, {result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")

@@ -12,8 +12,6 @@ the photographs that ship inside scikit-image; --images DIR takes any folder of 
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +24,7 @@ ITERATIONS = 60  # of each of the two solves, from where the last ones ended
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "denoise_learned_tv", crops=32, seconds=75)
+    parser = pictures.parser(__doc__, "denoise_learned_tv", crops=32, work=200_000)
     parser.add_argument("--sums", choices=("equal", "free"), default="equal", help="of the filters")
     parser.add_argument("--steps", type=int, default=120, help="steps of Adam at most")
     args = pictures.parsed(parser, argv)
@@ -46,13 +44,12 @@ def main(argv=None):
     # tolerances of 0: every solve takes all of its iterations
     method = jb.FirstOrder(oracle, optax.adam(1e-2), tol=0.0, adjoint_tol=0.0, projection=learned.project)
     start = learned.init(jax.random.key(args.seed), weight=float(jnp.exp(best[0])), dtype=jnp.float32)
-    until = time.perf_counter() + args.seconds
     result = jb.fit(
         method, start, train, steps=args.steps, progress=not args.quiet, log=args.out / "adam.csv",
-        callback=lambda step, state, info: time.perf_counter() > until,
+        work_budget=args.work,
     )  # fmt: skip
     print(f"{result.steps} steps, weight {float(jnp.exp(result.params['log_weight'])):.4f} after "
-          f"{float(jnp.exp(best[0])):.4f}")  # fmt: skip
+          f"{float(jnp.exp(best[0])):.4f} ({result.message})")  # fmt: skip
 
     rows = {
         "noisy": np.asarray(test["y"]),

@@ -53,23 +53,22 @@ def first_filters():
 
 
 class Patience:
-    """Stop when the value has not improved by ``least`` decibels in ``steps`` steps, or time is up."""
+    """Stop when the value has not improved by ``least`` decibels in ``steps`` steps."""
 
-    def __init__(self, seconds, least=0.005, steps=15):
-        self.until, self.least, self.steps, self.values = time.perf_counter() + seconds, least, steps, []
+    def __init__(self, least=0.005, steps=15):
+        self.least, self.steps, self.values = least, steps, []
 
     def __call__(self, step, state, info):
         self.values.append(float(info.value))
         before = self.values[: -self.steps]
-        stalled = bool(before) and min(before) - min(self.values) < self.least
-        return stalled or time.perf_counter() > self.until
+        return bool(before) and min(before) - min(self.values) < self.least
 
 
 def learn(name, oracle, theta, batch, args, projection=None):
     started = time.perf_counter()
     result = jb.fit(
         jb.MAID(oracle, projection=projection, window=0.85), theta, batch, steps=args.steps, progress=not args.quiet,
-        callback=Patience(args.seconds), log=args.out / f"{name}.csv",
+        callback=Patience(), work_budget=args.work, log=args.out / f"{name}.csv",
     )  # fmt: skip
     print(f"{name}: {result.steps} steps, {result.work:.0f} gradient-equivalents, {time.perf_counter() - started:.0f} s"
           f" ({result.message})")  # fmt: skip

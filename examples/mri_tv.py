@@ -68,7 +68,9 @@ def main(argv=None):
     parser.add_argument("--coils", type=int, default=4, help="number of coils")
     parser.add_argument("--acceleration", type=float, default=4.0, help="one line of so many is measured")
     parser.add_argument("--sigma", type=float, default=0.02, help="noise of each measurement, for values of about 1")
-    parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time")
+    parser.add_argument(
+        "--work", type=float, default=30_000, help="stop learning once this many gradient-equivalents are spent"
+    )
     args = pictures.parsed(parser, argv)
 
     rng = np.random.default_rng(args.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,12 @@ def parser(description: str, name: str, **defaults) -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="side of the test images")
     parser.add_argument("--crops", type=int, default=20, help="number of training crops")
     parser.add_argument("--crop-size", type=int, default=64, help="side of the training crops")
-    parser.add_argument("--seconds", type=float, default=40, help="stop learning after this time, for each model")
+    parser.add_argument(
+        "--work",
+        type=float,
+        default=100_000,
+        help="stop learning once this many gradient-equivalents are spent, for each model",
+    )
     parser.set_defaults(**defaults)
     return parser
 
@@ -102,11 +106,9 @@ def reconstruct(problem, theta, batch, tol: float = 1e-2) -> np.ndarray:
 
 def learn_tv(problem, regularizer, start, batch, args, best):
     """Weight and smoothing of total variation by MAID, told beside the ``best`` weight of a grid."""
-    until = time.perf_counter() + args.seconds
     result = jb.fit(
         jb.MAID(jb.implicit.Oracle(problem, psnr_loss), projection=regularizer.project), start, batch, steps=100,
-        progress=not args.quiet, callback=lambda step, state, info: time.perf_counter() > until,
-        log=args.out / "maid.csv",
+        progress=not args.quiet, work_budget=args.work, log=args.out / "maid.csv",
     )  # fmt: skip
     weight, eps = np.exp(result.params)
     print(f"{result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")

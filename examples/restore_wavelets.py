@@ -13,8 +13,6 @@ scikit-image; --images DIR takes any folder of pictures instead.
 
 from __future__ import annotations
 
-import time
-
 import jax.numpy as jnp
 import numpy as np
 import pictures
@@ -54,7 +52,7 @@ def restoration(size: int, share: float):
 
 
 def main(argv=None):
-    parser = pictures.parser(__doc__, "restore_wavelets", sigma=0.03, seconds=90, crops=10)
+    parser = pictures.parser(__doc__, "restore_wavelets", sigma=0.03, work=150_000, crops=10)
     parser.add_argument("--share", type=float, default=0.5, help="share of the pixels that were seen")
     args = pictures.parsed(parser, argv)
 
@@ -74,10 +72,9 @@ def main(argv=None):
     grid = np.log(np.geomspace(3e-3, 0.3, 15))
     best = bands * min(grid, key=lambda p: float(oracle.value(p * bands, train, tol=tol).value))
 
-    until = time.perf_counter() + args.seconds
     result = jb.fit(
         jb.NBA(oracle, tol=tol, adjoint_tol=1e-2), best, train, steps=25, progress=not args.quiet,
-        callback=lambda step, state, info: time.perf_counter() > until, log=args.out / "nba.csv",
+        work_budget=args.work, log=args.out / "nba.csv",
     )  # fmt: skip
     print(f"{result.steps} steps: {result.message}")
     learned = np.round(np.exp(result.params), 4).tolist()

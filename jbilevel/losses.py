@@ -368,8 +368,8 @@ def _overlaps(logits, labels, ignore, present_only):
 
 def _mean_over_classes(score, present):
     """The mean of those that count, 1 where none does."""
-    count = jnp.sum(present)
-    return jnp.where(count > 0, jnp.sum(jnp.where(present, score, 0.0)) / jnp.maximum(count, 1), 1.0)
+    count = jnp.sum(present.astype(score.dtype))
+    return jnp.where(count > 0, jnp.sum(jnp.where(present, score, 0.0)) / jnp.maximum(count, 1.0), 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

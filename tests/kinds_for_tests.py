@@ -1,7 +1,7 @@
 """Problems of every kind as users make them, with their solutions by dense NumPy, for `test_problem_matrix.py`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,6 +96,10 @@ def together(x):
     return jnp.concatenate([x["u"], x["v"]])
 
 
+def whole_numbers(params, data):
+    return jnp.zeros(5, int)
+
+
 def two_parts(params, data):
     return {"u": jnp.zeros(2, data["y"].dtype), "v": jnp.zeros(3, data["y"].dtype)}
 
@@ -157,7 +161,10 @@ NOTHING_TOLD = Kind(
     minimiser=lambda params, y: np.linalg.solve(tikhonov_system(params), A.T @ y),
     residual=lambda params, x, y: np.linalg.norm(tikhonov_system(params) @ x - A.T @ y),
     size=(5,),
-    mistakes=((lambda: jb.SmoothProblem(tikhonov, None), TypeError, "`init` must be a function"),),
+    mistakes=(
+        (lambda: jb.SmoothProblem(tikhonov, None), TypeError, "`init` must be a function"),
+        (lambda: jb.SmoothProblem(tikhonov, whole_numbers).start(None, None), TypeError, "return a float array"),
+    ),
 )
 
 
@@ -222,6 +229,7 @@ SADDLE = Kind(
     size=(6,),
     mistakes=(
         (lambda: jb.SaddleProblem(apply_k, None, prox_square, zeros), TypeError, "`prox_primal` must be a func"),
+        (lambda: replace(bilinear(), init=whole_numbers).start(None, None), TypeError, r"return a pair \(x0, y0\)"),
         (lambda: bilinear(mu_dual="strong"), TypeError, "`mu_dual` must be a number or a function"),
     ),
 )
@@ -263,6 +271,7 @@ WEIGHTED_L1 = Kind(
     size=(5,),
     refused=((jnp.full(5, 800.0), ValueError, r"`weights\(params\)` holds inf; weights must be finite"),),
     mistakes=(
+        (lambda: replace(net_problem(), init=whole_numbers).start(None, None), TypeError, "return a float array"),
         (lambda: net_problem(weights=2.0), TypeError, "`weights` must be a function"),
         (lambda: net_problem(smoothness=0.0), ValueError, "`smoothness` must be positive"),
     ),

@@ -304,6 +304,13 @@ def test_weights_in_the_batch_and_padding(oracle):
         named(1.0, batch, sample_weight=np.ones(3))
 
 
+def test_padding_has_no_say_in_default_tolerances():
+    oracle, padded = ORACLES["implicit"], np.concatenate([PAIR, 1e6 * PAIR[:1]])
+    alone, weighted = oracle.scales(1.0, PAIR), oracle.scales(1.0, padded, np.array([1.0, 3.0, 0.0]))
+    np.testing.assert_allclose(weighted, alone, rtol=1e-12)
+    assert oracle.scales(1.0, padded).solution > 1e5 * alone.solution
+
+
 def _on_mapping(oracle):
     """The oracle for data under "y"."""
     from dataclasses import replace

@@ -126,6 +126,9 @@ def test_the_default_solver_finds_the_solution_and_tells_how_far_it_is(name):
             if issubclass(problem.view_type, jb.SmoothView):
                 assert least == pytest.approx(float(info.residual), rel=1e-6, abs=1e-13)
     assert away <= 1e-9
+    for steps in (0, 1, 2, 4):  # what is claimed holds wherever a solve ends
+        early, info = jb.solve(problem, kind.params, data, tol=TIGHT, max_steps=steps)
+        assert np.linalg.norm(picture(problem, early) - exact) <= info.error + 1e-13
     again, warm = jb.solve(problem, kind.params, data, x, tol=1e-3)
     assert warm.steps == 0 and warm.status == jb.Status.CONVERGED
     unasked, info = jb.solve(problem, kind.params, data)
@@ -284,7 +287,7 @@ MISTAKES = [(name, *mistake) for name, kind in KINDS.items() for mistake in kind
 
 
 @pytest.mark.parametrize("make, error, sentence", [m[1:] for m in MISTAKES], ids=[f"{m[0]}: {m[3]}" for m in MISTAKES])
-def test_mistakes_are_named_when_a_problem_is_made(make, error, sentence):
+def test_mistakes_in_the_parts_are_named(make, error, sentence):
     with pytest.raises(error, match=sentence):
         make()
 

@@ -167,11 +167,13 @@ class Oracle(Contract, abstract="jb.Oracle"):
         return _init(self, params, batch)
 
     @own_settings
-    def scales(self, params, batch) -> Scales:
-        """Ask for nothing: infinite tolerances return the cold start with its residuals."""
-        first = self(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf)
+    def scales(self, params, batch, sample_weight=None) -> Scales:
+        """Ask for nothing: infinite tolerances return the cold start with its residuals. Padding has no say."""
+        first = self(params, batch, tol=jnp.inf, adjoint_tol=jnp.inf, sample_weight=sample_weight)
         solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
-        return Scales(_finite_mean(solution), _finite_mean(first.adjoint.residual))
+        weight = weights(batch, sample_weight)
+        counts = True if weight is None else weight > 0
+        return Scales(*(_finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual)))
 
     @own_settings
     def value(self, params, batch, warm=None, *, tol=None, sample_weight=None) -> Value:
@@ -235,7 +237,7 @@ class Oracle(Contract, abstract="jb.Oracle"):
         given = {name: tol for name, tol in tolerances.items() if tol is not None}
         given = {name: require_tolerance(tol, name, warm.x, stacklevel=5) for name, tol in given.items()}
         if len(given) < len(tolerances):
-            scales = Scales(0.0, 0.0) if self.exact else self.scales(params, batch)
+            scales = Scales(0.0, 0.0) if self.exact else self.scales(params, batch, sample_weight)
             default = {"tol": RELATIVE * scales.solution, "adjoint_tol": RELATIVE * scales.adjoint}
             given = {name: jnp.asarray(default[name], trees.dtype(warm.x)) for name in tolerances} | given
         return params, batch, warm, *(given[name] for name in tolerances), weight

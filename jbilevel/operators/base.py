@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core.contracts import Contract
+from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import native
 from jbilevel.operators import linear, norms
 
@@ -78,6 +79,7 @@ class LinearOperator(Contract, abstract="jb.operators.LinearOperator"):
         """A x or A^T x, each primitive part through ``bind``: `linear.apply`, or `linear.plain` to look below it."""
         return bind(self, x, transpose=transpose)
 
+    @own_settings
     def __call__(self, x):
         """A x.
 

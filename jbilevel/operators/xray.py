@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbilevel._core.settings import own_settings
 from jbilevel.operators import norms
 from jbilevel.operators.base import Composite, check_tolerance, checked, shape_of
 from jbilevel.operators.fbp import FBP, FilteredBackprojection, Interpolation, Reconstruction, select
@@ -24,6 +25,7 @@ from jbilevel.operators.redundancy import Scan, report
 class XRayViews(Composite, abstract="XRayViews"):
     """An X-ray transform or a part of one: what has a filtered backprojection."""
 
+    @own_settings
     def fbp(self, y, filter: str = "ram-lak", *, strict: bool = False):
         """Filtered backprojection of a measurement: the image whose line integrals y are, up to resolution.
 

@@ -261,12 +261,12 @@ class TaskAdapted:
     """What `task_adapted` returns: parameters of the ``regularizer``, all parameters of the ``task``, and the `fit`.
 
     >>> import jbilevel as jb, jax.numpy as jnp
-    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
-    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), lambda output, label: (output - label) ** 2)
-    >>> found = TaskAdapted(regularizer=jnp.array([-2.0]), task=jnp.array(3.0), fit=None, pipeline=pipeline)
-    >>> batch = {"y": jnp.ones((2, 4, 4))}
-    >>> found.reconstruct(batch).shape, found(batch).tolist()  # pictures, and what the task makes of them
-    ((2, 4, 4), [3.0, 3.0])
+    >>> problem = jb.variational(None, jnp.vdot)  # R = <params, x>, so x_hat = y - params
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * x, lambda output, label: jnp.sum((output - label) ** 2))
+    >>> found = TaskAdapted(regularizer=jnp.array([1.0, 2.0]), task=jnp.array(3.0), fit=None, pipeline=pipeline)
+    >>> batch = {"y": jnp.array([[5.0, 5.0], [7.0, 7.0]])}
+    >>> found.reconstruct(batch).tolist(), found(batch).tolist()  # pictures, and what the task makes of them
+    ([[4.0, 3.0], [6.0, 5.0]], [[12.0, 9.0], [18.0, 15.0]])
     """
 
     regularizer: Any = field(repr=False)
@@ -287,10 +287,10 @@ def reconstruct(pipeline: Pipeline, regularizer, batch, *, tol=None):
     """Pictures of a batch of measurements at ``regularizer``; `ConvergenceError` where a solve fails.
 
     >>> import jbilevel as jb, jax.numpy as jnp
-    >>> problem = jb.variational(None, jb.regularizers.SmoothedTV(eps=0.01))
-    >>> pipeline = Pipeline(problem, lambda scale, x: scale * jnp.mean(x), lambda output, label: (output - label) ** 2)
-    >>> reconstruct(pipeline, jnp.array([-2.0]), {"y": jnp.ones((2, 4, 4))}).shape
-    (2, 4, 4)
+    >>> problem = jb.variational(None, jnp.vdot)  # R = <params, x>, so x_hat = y - params
+    >>> pipeline = Pipeline(problem, lambda scale, x: scale * x, lambda output, label: jnp.sum((output - label) ** 2))
+    >>> reconstruct(pipeline, jnp.array([1.0, 2.0]), {"y": jnp.array([[5.0, 5.0], [7.0, 7.0]])}).tolist()
+    [[4.0, 3.0], [6.0, 5.0]]
     """
     names = pipeline.measured
     seen = batch[names] if isinstance(names, str) else {name: batch[name] for name in names}

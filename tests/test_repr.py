@@ -175,6 +175,8 @@ SAID = [
     (jb.regularizers.TGV(), "TGV()"),
     (jb.regularizers.WeightedTV(), "WeightedTV()"),
     (jb.solvers.CG(), "CG()"),
+    (jb.solvers.Diagonal(network), "Diagonal(network)"),
+    (jb.solvers.CG(preconditioner=jb.solvers.Diagonal(network)), "CG(preconditioner=Diagonal(network))"),
     (jb.solvers.AGD(smoothness=2.0), "AGD(smoothness=2.0)"),
     (jb.solvers.External(network), "External(network)"),
     (jb.solvers.Optax(ADAM), f"Optax({ADAM_SAID})"),

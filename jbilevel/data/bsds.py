@@ -27,6 +27,10 @@ class Photograph(NamedTuple):
         image: float32 in [0, 1], (height, width) or (3, height, width).
         boundaries: uint8 (annotators, height, width), 1 on the outlines that each person drew; None if not asked for.
         name: of the file.
+
+    >>> photograph = Photograph(np.zeros((321, 481), np.float32), np.zeros((5, 321, 481), np.uint8), "100075.jpg")
+    >>> photograph.boundaries.mean(axis=0).shape  # how many of five people drew an outline here
+    (321, 481)
     """
 
     image: np.ndarray
@@ -64,6 +68,16 @@ def bsds500(
 
     Reference:
         Arbeláez, Maire, Fowlkes, Malik, Contour detection and hierarchical image segmentation, IEEE PAMI 33, 2011.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "images/train").mkdir(parents=True)
+    >>> Image.new("RGB", (8, 6)).save(root / "images/train/100075.jpg")
+    >>> photographs = bsds500(root)
+    >>> len(photographs), photographs[0].name, photographs[0].image.shape
+    (1, '100075.jpg', (6, 8))
     """
     check_choice("split", split, ("train", "val", "test"))
     check_limit(limit)

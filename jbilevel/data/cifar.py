@@ -36,6 +36,14 @@ def cifar10(root, split: str = "train", *, limit: int | None = None) -> Labelled
 
     Reference:
         Krizhevsky, Learning multiple layers of features from tiny images, technical report, 2009.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> root = Path(tempfile.mkdtemp())
+    >>> np.zeros((2, 1 + 3 * 32 * 32), np.uint8).tofile(root / "test_batch.bin")  # a label and three colours of pixels
+    >>> images, labels, classes = cifar10(root, "test")
+    >>> images.shape, classes[labels[0]]
+    ((2, 3, 32, 32), 'airplane')
     """
     check_choice("split", split, tuple(_FILES))
     check_limit(limit)

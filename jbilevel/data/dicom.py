@@ -64,6 +64,10 @@ class CTSlice(NamedTuple):
         position: of the slice along the normal of the series, in mm.
         name: of the file.
         unit: "HU" for an ordinary CT; else as :attr:`CTSeries.unit`.
+
+    >>> slice_ = CTSlice(np.full((4, 4), -1000.0, np.float32), position=12.5, name="0001.dcm")
+    >>> float(slice_.hu.mean()), slice_.position  # air
+    (-1000.0, 12.5)
     """
 
     values: np.ndarray
@@ -98,6 +102,15 @@ class CTSeries:
             rows and along the columns; zeros but for a tilted gantry, or a table that was moved.
         unit: what the values are in: "HU", or what DICOM calls it: "MGML" (mg/ml, such as of iodine), "Z_EFF", "PCT",
             "US" (unspecified) and so on; empty for maps whose files do not say.
+
+    >>> import shutil, tempfile
+    >>> from pathlib import Path
+    >>> from pydicom.data import get_testdata_file
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = shutil.copy(get_testdata_file("CT_small.dcm", download=False), root)
+    >>> (series,) = dicom_series(root)
+    >>> series.volume().shape, series.unit, len(series.positions) == len(series.slices)
+    ((1, 128, 128), 'HU', True)
     """
 
     patient: str
@@ -180,6 +193,15 @@ def dicom_series(root, *, limit: int | None = None, max_pixels: int = 2048 * 204
             colours, or says nothing about position, spacing or units; two slices of a series lie at one place, or
             differ in size, spacing, direction or frame of reference, with the names of the files.
         ImportError: pydicom is not installed; or, on reading, the decoder for JPEG 2000.
+
+    >>> import shutil, tempfile
+    >>> from pathlib import Path
+    >>> from pydicom.data import get_testdata_file
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = shutil.copy(get_testdata_file("CT_small.dcm", download=False), root)
+    >>> (series,) = dicom_series(root)
+    >>> series.patient, series.slices[0].hu.shape, series.pixel_mm
+    ('1CT1', (128, 128), (0.661468, 0.661468))
     """
     optional_package("pydicom", "medical")
     check_limit(limit)

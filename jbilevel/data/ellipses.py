@@ -25,6 +25,10 @@ class Ellipse(NamedTuple):
         a, b: semi-axes, positive: ``a`` along the direction ``angle``, ``b`` across it.
         angle: in radians, counter-clockwise from the x axis.
         value: added to the image, per unit of length for line integrals; negative values make holes.
+
+    >>> hole = Ellipse(0.0, 0.0, a=2.0, b=1.0, value=-0.5)
+    >>> hole.angle, raster([Ellipse(0, 0, 5, 5), hole], (3, 3))[1, 1]
+    (0.0, np.float32(0.5))
     """
 
     x: float
@@ -95,6 +99,11 @@ def label_mask(
 
     Raises:
         ValueError: as :func:`raster`, or ``labels`` is not as long as ``ellipses`` or out of range.
+
+    >>> print(label_mask([Ellipse(0, 0, 1.1, 1.1), Ellipse(1, 0, 0.5, 0.5)], [1, 2], (3, 3)))
+    [[0 1 0]
+     [1 1 2]
+     [0 1 0]]
     """
     ellipses, x, y = _checked(ellipses), *_pixel_centres(shape, pixel_size)
     if len(labels) != len(ellipses) or not all(0 <= k <= 255 for k in labels):

@@ -16,7 +16,12 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 class ImageFolder(NamedTuple):
-    """Images of a folder and their file names, in the same order."""
+    """Images of a folder and their file names, in the same order.
+
+    >>> found = ImageFolder(np.zeros((2, 6, 6), np.float32), ("0001.png", "0002.png"))
+    >>> [(name, image.shape) for image, name in zip(*found, strict=True)]
+    [('0001.png', (6, 6)), ('0002.png', (6, 6))]
+    """
 
     images: np.ndarray | list[np.ndarray]
     names: tuple[str, ...]
@@ -61,6 +66,16 @@ def image_folder(
     Warns:
         UserWarning: a picture has 16 bits per colour, of which Pillow keeps 8; or a TIFF of 16 bits says that values
             end where those of fewer do, such as at 4095, which by its standard does not change what they mean.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("0002.png", "0001.png"):
+    ...     Image.new("RGB", (8, 6), (255, 255, 255)).save(root / name)
+    >>> images, names = image_folder(root, size=4)
+    >>> images.shape, float(images.max()), names
+    ((2, 4, 4), 1.0, ('0001.png', '0002.png'))
     """
     check_limit(size, "size")
     check_limit(limit)

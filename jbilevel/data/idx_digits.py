@@ -38,6 +38,16 @@ def mnist(root, split: str = "train", *, limit: int | None = None, max_bytes: in
 
     Reference:
         LeCun, Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition, Proc. IEEE 86, 1998.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> root = Path(tempfile.mkdtemp())
+    >>> head = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28])  # bytes of three axes, (2, 28, 28)
+    >>> _ = (root / "train-images-idx3-ubyte").write_bytes(head + bytes(2 * 28 * 28))
+    >>> _ = (root / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2]) + bytes([7, 3]))
+    >>> digits = mnist(root)
+    >>> digits.images.shape, digits.labels.tolist()
+    ((2, 28, 28), [7, 3])
     """
     check_choice("split", split, tuple(_FILES))
     check_limit(limit)

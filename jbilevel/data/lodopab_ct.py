@@ -32,6 +32,10 @@ class Scan(NamedTuple):
             beam of 1000 angles over half a turn, 4096 photons per bin before the patient.
         patient: number of the patient, -1 where the data set's list is missing.
         name: of the file, and the number of the slice in it.
+
+    >>> scan = Scan(np.zeros((362, 362), np.float32), np.zeros((1000, 513), np.float32), 14, "a.hdf5[3]")
+    >>> scan.observation.shape, scan.patient
+    ((1000, 513), 14)
     """
 
     ground_truth: np.ndarray
@@ -62,6 +66,16 @@ def lodopab(root, split: str = "train", *, limit: int | None = None) -> Samples:
     Reference:
         Leuschner, Schmidt, Otero Baguer, Maass, LoDoPaB-CT, a benchmark dataset for low-dose computed tomography
         reconstruction, Scientific Data 8, 2021.
+
+    >>> import tempfile, h5py
+    >>> from pathlib import Path
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for kind, shape in (("ground_truth", (2, 362, 362)), ("observation", (2, 1000, 513))):
+    ...     with h5py.File(root / f"{kind}_test_000.hdf5", "w") as file:
+    ...         file["data"] = np.zeros(shape, np.float32)
+    >>> scans = lodopab(root, "test")
+    >>> len(scans), scans[1].ground_truth.shape, scans[1].name
+    (2, (362, 362), 'ground_truth_test_000.hdf5[1]')
     """
     check_choice("split", split, ("train", "validation", "test"))
     check_limit(limit)

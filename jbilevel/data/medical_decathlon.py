@@ -36,6 +36,10 @@ class Volume(NamedTuple):
         labels: uint8 (slices, height, width); None in the test split, whose labels are not public.
         voxel_mm: distances of slices, rows and columns, in mm whatever the unit of the file.
         name: of the file.
+
+    >>> volume = Volume(np.zeros((4, 6, 8), np.float32), np.zeros((4, 6, 8), np.uint8), (2.5, 0.8, 0.8), "liver_0.nii")
+    >>> float(np.sum(volume.labels == 1) * np.prod(volume.voxel_mm))  # mm^3 of liver
+    0.0
     """
 
     image: np.ndarray
@@ -71,6 +75,19 @@ def decathlon(root, split: str = "training", *, limit: int | None = None, max_vo
 
     Reference:
         Antonelli et al., The medical segmentation decathlon, Nature Communications 13, 2022.
+
+    >>> import json, tempfile, nibabel
+    >>> from pathlib import Path
+    >>> root = Path(tempfile.mkdtemp())
+    >>> pair = {"image": "imagesTr/liver_0.nii.gz", "label": "labelsTr/liver_0.nii.gz"}
+    >>> for name, dtype in ((pair["image"], np.int16), (pair["label"], np.uint8)):
+    ...     (root / name).parent.mkdir()
+    ...     nibabel.save(nibabel.Nifti1Image(np.zeros((8, 6, 4), dtype), np.diag([0.5, 0.5, 2.0, 1.0])), root / name)
+    >>> listed = {"labels": {"0": "background", "1": "liver"}, "training": [pair], "test": []}
+    >>> _ = (root / "dataset.json").write_text(json.dumps(listed))
+    >>> volumes = decathlon(root)
+    >>> volumes.classes, volumes[0].image.shape, volumes[0].voxel_mm  # slices first
+    (('background', 'liver'), (4, 6, 8), (2.0, 0.5, 0.5))
     """
     check_choice("split", split, ("training", "test"))
     check_limit(limit)

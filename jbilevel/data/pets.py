@@ -42,6 +42,10 @@ class Pet(NamedTuple):
         labels: uint8 (height, width): 1 on the pet, 0 on the background, 255 on the border between them, which the
             trimaps leave open.
         name: of the file.
+
+    >>> pet = Pet(np.zeros((3, 6, 8), np.float32), 36, np.zeros((6, 8), np.uint8), "yorkshire_terrier_9.jpg")
+    >>> pet.image.shape, pet.label, int(np.sum(pet.labels == 1))
+    ((3, 6, 8), 36, 0)
     """
 
     image: np.ndarray
@@ -70,6 +74,19 @@ def oxford_pets(root, split: str = "trainval", *, limit: int | None = None, max_
 
     Reference:
         Parkhi, Vedaldi, Zisserman, Jawahar, Cats and dogs, CVPR 2012.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for folder in ("images", "annotations/trimaps"):
+    ...     (root / folder).mkdir(parents=True)
+    >>> Image.new("RGB", (8, 6)).save(root / "images/Bengal_1.jpg")
+    >>> Image.new("L", (8, 6), 2).save(root / "annotations/trimaps/Bengal_1.png")  # 2: background
+    >>> _ = (root / "annotations/trainval.txt").write_text("Bengal_1 6 1 5")
+    >>> (pet,) = oxford_pets(root)
+    >>> pet.label, pet.image.shape, int(pet.labels.max())
+    (5, (3, 6, 8), 0)
     """
     check_choice("split", split, ("trainval", "test"))
     check_limit(limit)
@@ -132,6 +149,18 @@ def stanford_dogs(root, split: str = "train", *, limit: int | None = None, max_p
 
     Reference:
         Khosla, Jayadevaprakash, Yao, Fei-Fei, Novel dataset for fine-grained image categorization, FGVC at CVPR 2011.
+
+    >>> import tempfile, scipy.io
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root, name = Path(tempfile.mkdtemp()), "n02085620-Chihuahua/n02085620_7.jpg"
+    >>> (root / "Images" / name).parent.mkdir(parents=True)
+    >>> Image.new("RGB", (8, 6)).save(root / "Images" / name)
+    >>> cells = np.array([[name]], object)
+    >>> scipy.io.savemat(root / "train_list.mat", {"file_list": cells, "labels": np.array([[1]], np.uint8)})
+    >>> dogs = stanford_dogs(root)
+    >>> dogs.classes, dogs[0].image.shape
+    (('Chihuahua',), (3, 6, 8))
     """
     check_choice("split", split, ("train", "test"))
     check_limit(limit)

@@ -162,6 +162,10 @@ class Abdomen(NamedTuple):
         ellipses: each organ after the one that holds it; their values add up to densities relative to water.
         labels: the number of each ellipse in :data:`ABDOMEN_LABELS`.
         densities: what the image is equal to in each ellipse, outside of those that it holds.
+
+    >>> phantom = abdomen(np.random.default_rng(0), lesions=1)
+    >>> ABDOMEN_LABELS[phantom.labels[-1]], len(phantom.ellipses) == len(phantom.labels) == len(phantom.densities)
+    ('lesion', True)
     """
 
     ellipses: list[Ellipse]

@@ -20,6 +20,11 @@ class Labelled(NamedTuple):
         image: float32 (3, height, width) in [0, 1].
         label: number of the class, from 0.
         name: of the file.
+
+    >>> sample = Labelled(np.zeros((3, 6, 8), np.float32), 7, "dog.jpg")
+    >>> image, label, name = sample
+    >>> image.shape, label, name
+    ((3, 6, 8), 7, 'dog.jpg')
     """
 
     image: np.ndarray
@@ -34,6 +39,10 @@ class Segmented(NamedTuple):
         image: float32 (3, height, width) in [0, 1].
         labels: uint8 (height, width), :data:`IGNORED` = 255 where a pixel belongs to no class.
         name: of the file.
+
+    >>> sample = Segmented(np.zeros((3, 6, 8), np.float32), np.full((6, 8), IGNORED, np.uint8), "street.png")
+    >>> int(np.sum(sample.labels != IGNORED))  # pixels that count
+    0
     """
 
     image: np.ndarray
@@ -48,6 +57,10 @@ class LabelledImages(NamedTuple):
         images: float32 in [0, 1], (n, height, width) or (n, 3, height, width).
         labels: int32 (n,), from 0.
         classes: name of each class.
+
+    >>> digits = LabelledImages(np.zeros((2, 28, 28), np.float32), np.array([3, 1], np.int32), tuple("0123456789"))
+    >>> [digits.classes[label] for label in digits.labels]
+    ['3', '1']
     """
 
     images: np.ndarray

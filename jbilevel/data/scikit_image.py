@@ -48,6 +48,10 @@ def photographs(size: int = 128, names: Sequence[str] = PHOTOGRAPHS, dtype=np.fl
         ImportError: scikit-image is not installed.
         ValueError: a name is unknown, there is none, or ``size`` does not fit into a photograph.
         FileNotFoundError: the installed scikit-image comes without one of the files.
+
+    >>> images = photographs(64, names=["camera", "coins"])
+    >>> images.shape, images.dtype, bool(images.min() >= 0 and images.max() <= 1)
+    ((2, 64, 64), dtype('float32'), True)
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in names if name not in _FILES]

@@ -91,6 +91,17 @@ def camvid(root, split: str = "train", *, limit: int | None = None, max_pixels: 
     Reference:
         Brostow, Fauqueur, Cipolla, Semantic object classes in video, Pattern Recognition Letters 30, 2009;
         Badrinarayanan, Kendall, Cipolla, SegNet, IEEE PAMI 39, 2017.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for folder, picture in (("train", Image.new("RGB", (8, 6))), ("trainannot", Image.new("L", (8, 6), 3))):
+    ...     (root / folder).mkdir()
+    ...     picture.save(root / folder / "0001TP_0.png")
+    >>> streets = camvid(root)
+    >>> streets[0].image.shape, streets.classes[streets[0].labels[0, 0]]
+    ((3, 6, 8), 'road')
     """
     check_choice("split", split, ("train", "val", "test"))
     check_limit(limit)
@@ -122,6 +133,18 @@ def cityscapes(root, split: str = "train", *, limit: int | None = None, max_pixe
 
     Reference:
         Cordts et al., The Cityscapes dataset for semantic urban scene understanding, CVPR 2016.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> root, name = Path(tempfile.mkdtemp()), "train/aachen/aachen_000001_000019"
+    >>> for path, picture in ((f"leftImg8bit/{name}_leftImg8bit.png", Image.new("RGB", (8, 6))),
+    ...                       (f"gtFine/{name}_gtFine_labelIds.png", Image.new("L", (8, 6), 26))):
+    ...     (root / path).parent.mkdir(parents=True)
+    ...     picture.save(root / path)
+    >>> streets = cityscapes(root)
+    >>> streets[0].image.shape, streets.classes[streets[0].labels[0, 0]]
+    ((3, 6, 8), 'car')
     """
     check_choice("split", split, ("train", "val", "test"))
     check_limit(limit)

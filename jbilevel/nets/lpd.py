@@ -120,7 +120,7 @@ class LPD(nnx.Module):
     >>> import jax, jax.numpy as jnp, jbilevel as jb
     >>> from flax import nnx
     >>> A = jb.operators.ParallelBeam((16, 16), [0.0, 0.8, 1.6, 2.4], 24)
-    >>> net = LPD.named("adler-oktem", operator=A, rngs=nnx.Rngs(0))
+    >>> net = LPD.named("adler-oktem", operator=A, rngs=nnx.Rngs(0), normalise=8.0)  # about its norm
     >>> f, params = jb.nets.from_flax(net)
     >>> sum(v.size for v in jax.tree.leaves(params)), jax.eval_shape(f, params, jnp.ones(A.out_shape)).shape
     (251980, (16, 16))

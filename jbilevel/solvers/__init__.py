@@ -71,6 +71,14 @@ def solve(problem, params, data, x0=None, *, tol=None, max_steps=5000, solver=No
       TypeError: a leaf of params or data is not an array, or energy closes over a traced value.
 
     Warns where ``tol`` is larger than what there is to solve.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * jnp.sum((x - d) ** 2) + 0.5 * p * jnp.sum(x**2), lambda p, d: jnp.zeros_like(d),
+    ...     strong_convexity=1.0)
+    >>> x, info = jb.solve(ridge, 1.0, jnp.array([2.0, 4.0]), tol=1e-4)
+    >>> bool(jnp.allclose(x, jnp.array([1.0, 2.0]), atol=1e-4)), bool(info.error <= 1e-4), info.status.tolist()
+    (True, True, 0)
     """
     solver = problem.default_solver() if solver is None else solver
     problem.check(params)

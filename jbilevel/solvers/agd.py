@@ -36,6 +36,14 @@ class AGD(Solver):
     Args:
       momentum: False for gradient descent with step 1/L.
       smoothness: overrides the problem's L by a number, e.g. when its bound is pessimistic.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - d) ** 2 + 0.5 * p * x**2, lambda p, d: 0.0 * d,
+    ...     strong_convexity=1.0, smoothness=2.0)
+    >>> x, info = jb.solve(ridge, 1.0, 2.0, tol=1e-4, solver=AGD())
+    >>> bool(abs(x - 1.0) < 1e-3), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     momentum: bool = True

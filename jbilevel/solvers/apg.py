@@ -61,6 +61,14 @@ class NonmonotoneAPG(Solver):
       eta: memory of c_k in [0, 1); 0 is monotone.
       delta: sufficient decrease. rho: shrinking factor. trials: limit of trials of one search.
       restart: False for the paper's momentum.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - d) ** 2 + 0.5 * p * x**2, lambda p, d: 0.0 * d,
+    ...     strong_convexity=1.0, smoothness=2.0)
+    >>> x, info = jb.solve(ridge, 1.0, 2.0, tol=1e-4, solver=NonmonotoneAPG())
+    >>> bool(abs(x - 1.0) < 1e-3), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     eta: float = 0.8

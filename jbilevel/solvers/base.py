@@ -23,6 +23,25 @@ class Solver(Contract, abstract="jb.Solver"):
       memoryless: whether the next step depends on x alone, so that most steps may be taken in float32.
       one_shot: whether `init` does all the work, and then gets the step limit too, ``init(view, x0, target,
         max_steps)``.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Descent(jb.Solver):  # x+ = x - rate gradient
+    ...     rate: float = 0.4
+    ...     def init(self, view, x0, target):
+    ...         return self.at(view, x0, jb.Work.zero())
+    ...     def step(self, view, state, target):
+    ...         return self.at(view, state.x - self.rate * state.gradient, state.evaluations)
+    ...     def at(self, view, x, work):
+    ...         gradient, work = view.gradient(x), work.plus(gradients=1)
+    ...         size = jnp.abs(gradient)
+    ...         return jb.solvers.loop.Iterate(
+    ...             x=x, gradient=gradient, residual=size, curvature=1.0, evaluations=work, value=size)
+    >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
+    >>> x, info = jb.solve(problem, (), 3.0, tol=1e-4, solver=Descent())
+    >>> bool(abs(x - 3.0) <= info.error <= 1e-4), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     patience: ClassVar[int] = 1000

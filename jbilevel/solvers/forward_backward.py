@@ -83,6 +83,14 @@ class ForwardBackward(Solver):
     Args:
       newton: False for FISTA alone. max_products: limit of conjugate gradient steps per Newton step.
       wait: FISTA steps before the first Newton step (none after a warm start).
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> lasso = jb.WeightedL1Problem(
+    ...     lambda p, x, d: 0.5 * jnp.sum((x - d) ** 2), lambda p, d: jnp.zeros_like(d),
+    ...     strong_convexity=1.0, smoothness=1.0)
+    >>> x, info = jb.solve(lasso, jnp.array(0.0), jnp.array([3.0, 0.5]), tol=1e-4, solver=ForwardBackward())
+    >>> x.tolist(), jb.Status(int(info.status)).name  # soft thresholding by exp(0)
+    ([2.0, 0.0], 'CONVERGED')
     """
 
     newton: bool = True

@@ -37,6 +37,14 @@ class LBFGS(Solver):
     Args:
       memory: number of pairs (change of x, change of gradient) kept.
       trials: limit of line search trials per step.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - d) ** 2 + 0.5 * p * x**2, lambda p, d: 0.0 * d,
+    ...     strong_convexity=1.0, smoothness=2.0)
+    >>> x, info = jb.solve(ridge, 1.0, 2.0, tol=1e-4, solver=LBFGS())
+    >>> bool(abs(x - 1.0) < 1e-3), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     memory: int = 10

@@ -18,7 +18,18 @@ from jbilevel.solvers.preconditioners import Preconditioner
 
 
 class LinearSolver(Contract, abstract="jb.solvers.LinearSolver"):
-    """Solves H q = b for a symmetric H that is given by its product with a vector."""
+    """Solves H q = b for a symmetric H that is given by its product with a vector.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> class Division(jb.solvers.LinearSolver):  # for a diagonal H only: one product tells all of it
+    ...     def solve(self, product, b, q, *, tol, max_steps):
+    ...         q = b / product(jnp.ones_like(b))
+    ...         return q, jb.SolveInfo.exact(jnp.linalg.norm(b - product(q)))
+    >>> diagonal, b = jnp.array([2.0, 4.0]), jnp.array([2.0, 8.0])
+    >>> q, info = Division().solve(lambda v: diagonal * v, b, None, tol=1e-5, max_steps=1)
+    >>> q.tolist()
+    [1.0, 2.0]
+    """
 
     @property
     def refinable(self) -> bool:
@@ -44,6 +55,12 @@ class CG(LinearSolver):
 
     Raises:
       TypeError: ``preconditioner`` is no `Preconditioner`, or does not hash.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> diagonal, b = jnp.array([2.0, 4.0]), jnp.array([2.0, 8.0])
+    >>> q, info = jb.solvers.CG().solve(lambda v: diagonal * v, b, None, tol=1e-5, max_steps=10)
+    >>> bool(jnp.allclose(q, b / diagonal, atol=1e-4)), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     preconditioner: Preconditioner | None = None
@@ -84,7 +101,14 @@ class _PreparedCG(LinearSolver):
 
 @dataclass(frozen=True)
 class MINRES(LinearSolver):
-    """Minimal residuals, see `minres`: H may be indefinite."""
+    """Minimal residuals, see `minres`: H may be indefinite.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> diagonal, b = jnp.array([2.0, -4.0]), jnp.array([2.0, 8.0])
+    >>> q, info = jb.solvers.MINRES().solve(lambda v: diagonal * v, b, None, tol=1e-5, max_steps=10)
+    >>> bool(jnp.allclose(q, b / diagonal, atol=1e-4)), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
+    """
 
     def solve(self, product, b, q, *, tol, max_steps):
         return minres(product, b, q, tol=tol, max_steps=max_steps)

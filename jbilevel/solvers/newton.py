@@ -54,6 +54,14 @@ class NewtonCG(Solver):
       max_products: limit of CG steps per Newton step.
       forcing: largest relative residual of the Newton system.
       phase_reduction: factor by which an accelerated phase reduces the gradient norm.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - d) ** 2 + 0.5 * p * x**2, lambda p, d: 0.0 * d,
+    ...     strong_convexity=1.0, smoothness=2.0)
+    >>> x, info = jb.solve(ridge, 1.0, 2.0, tol=1e-4, solver=NewtonCG())  # one step, as the energy is quadratic
+    >>> bool(abs(x - 1.0) < 1e-4), int(info.steps)
+    (True, 1)
     """
 
     max_products: int = 100

@@ -33,6 +33,14 @@ class Optax(WithOptimizer, Solver):
     For comparisons: the steps know no constant of the problem, and a rate that does not suit ends as MAX_STEPS,
     STAGNATED or NONFINITE. One gradient per step. The optimiser's state starts anew in every solve. A function that
     makes the optimiser, ``Optax(functools.partial(optax.adam, 1e-2))``, can be pickled.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> ridge = jb.SmoothProblem(
+    ...     lambda p, x, d: 0.5 * (x - d) ** 2 + 0.5 * p * x**2, lambda p, d: 0.0 * d,
+    ...     strong_convexity=1.0, smoothness=2.0)
+    >>> x, info = jb.solve(ridge, 1.0, 2.0, tol=1e-4, solver=Optax(optax.sgd(0.4)))
+    >>> bool(abs(x - 1.0) < 1e-3), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     optimizer: Optimizer

@@ -77,6 +77,12 @@ class PDHG(Solver):
       relaxation: in (0, 2); None takes 1.8, or 1 where moduli choose the steps, the only value that is then allowed.
       accelerate: make use of a single modulus.
       stride: iterations between two looks at the residual (a step limit is rounded up to a multiple of it).
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> tv = jb.variational(None, jb.regularizers.TV())  # two pixels: each moves towards the other by exp(params)
+    >>> (x, y), info = jb.solve(tv, jnp.log(jnp.array([0.25])), jnp.array([[0.0, 1.0]]), tol=1e-5, solver=PDHG())
+    >>> bool(jnp.allclose(x, jnp.array([[0.25, 0.75]]), atol=1e-3)), jb.Status(int(info.status)).name
+    (True, 'CONVERGED')
     """
 
     ratio: float = 1.0

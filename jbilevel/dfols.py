@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jbilevel._method.base import require_oracle
+from jbilevel._training.interruption import Interruption
 from jbilevel.training import FitResult, FitStatus
 
 __all__ = ["minimise"]
@@ -60,6 +61,8 @@ def minimise(
       callback: ``callback(evaluation, params, value)``; stops when it returns something true.
       options: more arguments of ``dfols.solve``.
 
+    Ctrl-C and SIGTERM end a run as they end `jb.fit`.
+
     Returns `FitResult`: params: the best that was met; history: ``value``, ``tol``, ``work``, ``seconds`` of each
     evaluation; state: what the package itself returned, None where the budget ended it.
 
@@ -75,6 +78,7 @@ def minimise(
     flat, assemble = ravel_pytree(params)
     start = np.asarray(flat, np.float64)
     _check(start, budget, tol, radius)
+    interruption = Interruption()
     run = _Run(
         oracle,
         batch,
@@ -85,18 +89,20 @@ def minimise(
         finest=1e-4 * tol if finest is None else finest,
         radius=radius * max(1.0, np.max(np.abs(start))),
         callback=callback,
+        check=interruption.check,
     )
     settings = {"rhobeg": run.radius, "objfun_has_noise": True, "do_logging": False, "maxfun": 10**6, **(options or {})}
     if lower is not None or upper is not None:
         settings["bounds"] = (_bound(lower, params, -1e20), _bound(upper, params, 1e20))
     state, status = None, FitStatus.CONVERGED
     try:
-        with warnings.catch_warnings():
+        with interruption, interruption.ends(), warnings.catch_warnings():
+            interruption.check()
             warnings.simplefilter("ignore", RuntimeWarning)  # of the package's own linear algebra
             state = dfols.solve(run, start, **settings)
     except _Spent:
         status = FitStatus.FINISHED
-    except KeyboardInterrupt:
+    if interruption.came:
         status = FitStatus.INTERRUPTED
     if run.stopped:
         status = FitStatus.STOPPED
@@ -119,15 +125,16 @@ def minimise(
 class _Run:
     """The objective as the package calls it: point -> residuals, with accuracy, warm start and books kept here."""
 
-    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, tol, finest, radius, callback):
+    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, tol, finest, radius, callback, check):
         self.oracle, self.batch, self.assemble, self.weight = oracle, batch, assemble, sample_weight
         self.budget, self.tol, self.finest, self.radius = budget, tol, finest, radius
-        self.callback = callback
+        self.callback, self.check = callback, check
         self.best, self.best_value, self.warm = None, math.inf, None
         self.work, self.rows, self.stopped = 0.0, [], False
         self.compile_seconds = 0.0
 
     def __call__(self, point):
+        self.check()
         if self.work >= self.budget:
             raise _Spent
         tol, began = self._accuracy(point), time.perf_counter()

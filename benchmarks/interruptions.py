@@ -5,9 +5,9 @@ batch, mini-batches whose samples keep their warm starts, and a network with an 
 process goes on from the checkpoint of the one before. At the end parameters, state and history have to be, bit by bit,
 those of a run that nothing stopped.
 
-Moments are uniform over the time that a whole run takes; every third `kill -9` then waits until a checkpoint is being
-written. A chain of processes that reaches the end before all interruptions have come is followed by another one, of a
-new run.
+One moment in four is anywhere before the first step, while programs are compiled. The others come after a random number
+of steps, at any time within a step or while a checkpoint is being written. A chain of processes that reaches the end
+before all interruptions have come is followed by another one, of a new run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
@@ -39,7 +38,6 @@ NAME = Path(__file__).stem
 TITLE = "Interrupted runs"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 BEGUN = "begun"  # what a process prints before it calls fit
-FINISHED = (jb.FitStatus.FINISHED, jb.FitStatus.CONVERGED)
 
 
 # ------------------------------------------------------------------------------------------------ the runs, in children
@@ -120,17 +118,20 @@ def child(name: str, size: int, steps: int, folder: Path) -> None:
     if case.validation is not None:
         best = jb.Validation(case.method.oracle, case.validation, every=7, path=folder / "best.npz")
     print(BEGUN, flush=True)
+    began = time.monotonic()
     result = jb.fit(
         case.method, case.params, case.batches, steps=steps, checkpoint=folder / "run.npz", callback=best,
         log=folder / "log.csv", progress=False,
     )  # fmt: skip
-    if result.status in FINISHED:
+    if result.status in (jb.FitStatus.FINISHED, jb.FitStatus.CONVERGED):
         history = {name: column for name, column in result.history.items() if name != "seconds"}
         whole = {"state": result.state, "history": history, "best": result.best, "work": result.work}
         if best is not None:
             whole |= {"validation": {"params": best.params, "value": best.value, "history": np.array(best.history)}}
         jb.save(folder / "result.npz", whole)
-    print(json.dumps({"status": result.status.name, "steps": result.steps}), flush=True)
+    seconds, steps = time.monotonic() - began, result.history["seconds"]
+    times = {"compiling": seconds - float(np.sum(steps)), "step": float(np.median(steps)) if len(steps) else 0.0}
+    print(json.dumps({"status": result.status.name, "steps": result.steps} | times), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- interrupting
@@ -139,10 +140,15 @@ def child(name: str, size: int, steps: int, folder: Path) -> None:
 class Life(NamedTuple):
     """How one process ended: what it said, or nothing where it was killed."""
 
-    status: str | None
-    steps: int | None
     code: int
-    seconds: float  # since it began its run
+    status: str | None = None
+    steps: int = 0
+    compiling: float = 0.0  # seconds, with all else that is no step
+    step: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.status in ("FINISHED", "CONVERGED")
 
 
 class Runner:
@@ -159,42 +165,60 @@ class Runner:
             first = process.stdout.readline().strip()
             if first != BEGUN:
                 raise SystemExit(f"a process failed before it began: {first!r}")
-            began = time.monotonic()
             if number is not None:
                 wait(folder)
                 if process.poll() is None:
                     process.send_signal(number)
             told = process.stdout.read().strip()
-        said = json.loads(told.splitlines()[-1]) if told else {"status": None, "steps": None}
-        return Life(**said, code=process.returncode, seconds=time.monotonic() - began)
+        return Life(process.returncode, **json.loads(told.splitlines()[-1] if told else "{}"))
 
 
 def for_seconds(seconds: float, folder: Path) -> None:
     time.sleep(seconds)
 
 
-def until_written(seconds: float, folder: Path) -> None:
-    """Until a checkpoint is being written, after ``seconds``; ten seconds at most."""
+def until_steps(steps: int, seconds: float, folder: Path) -> None:
+    """``seconds`` after the log has a number of steps."""
+    wait_for(lambda: lines_in(folder / "log.csv") >= steps)
     time.sleep(seconds)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and not any(name.endswith(".tmp") for name in os.listdir(folder)):
-        select.select([], [], [], 1e-4)
 
 
-def interrupted(runner: Runner, how: str, count: int, longest: float, rng: random.Random, whole: Path) -> dict:
-    """Chains of processes with ``count`` interruptions altogether, compared at their ends with the ``whole`` run."""
+def until_written(steps: int, folder: Path) -> None:
+    """Until a checkpoint is being written, after a number of steps."""
+    until_steps(steps, 0.0, folder)
+    wait_for(lambda: any(name.endswith(".tmp") for name in os.listdir(folder)), longest=5.0)
+
+
+def wait_for(condition: Callable[[], bool], longest: float = 120.0) -> None:
+    """Looks often and costs little; what is waited for may never come."""
+    end = time.monotonic() + longest
+    while time.monotonic() < end and not condition():
+        time.sleep(2e-4)
+
+
+def moment(number: int, before: int, whole: Life, rng: random.Random) -> Callable[[Path], None]:
+    """What interruption ``number`` waits for, in a run that has taken ``before`` steps."""
+    if number % 4 == 0:
+        return partial(for_seconds, rng.uniform(0.0, whole.compiling))
+    steps = before + rng.randint(1, max(1, whole.steps // 4))
+    if number % 4 == 2:
+        return partial(until_written, steps)
+    return partial(until_steps, steps, rng.uniform(0.0, whole.step))
+
+
+def interrupted(runner: Runner, how: str, count: int, whole: Life, rng: random.Random, result: Path) -> dict:
+    """Chains of processes with ``count`` interruptions altogether, whose ends are compared with the ``whole`` run's."""
     told = {"interruptions": 0, "early": 0, "runs": 0, "identical": 0, "wrong": 0, "leftovers": 0, "most_lost": 0}
     while told["interruptions"] < count:
         with tempfile.TemporaryDirectory() as name:
-            folder, finished = Path(name), False
-            while not finished:
+            folder, life = Path(name), None
+            while life is None or not life.finished:
+                (folder / "log.csv").unlink(missing_ok=True)
                 number = SIGNALS[how] if told["interruptions"] < count else None
-                aimed = number == signal.SIGKILL and told["interruptions"] % 3 == 2
-                wait = partial(until_written if aimed else for_seconds, rng.uniform(0.0, longest))
+                wait = moment(told["interruptions"], steps_in(folder / "run.npz"), whole, rng)
                 life = runner.life(folder, number, wait)
-                finished = life.status in [status.name for status in FINISHED]
-                if finished:
-                    continue
+                if life.finished:
+                    break
                 told["interruptions"] += 1
                 kept = steps_in(folder / "run.npz")
                 told["early"] += kept == 0
@@ -202,7 +226,7 @@ def interrupted(runner: Runner, how: str, count: int, longest: float, rng: rando
                 if number != signal.SIGKILL:
                     told["wrong"] += (life.status, life.steps, life.code) != ("INTERRUPTED", kept, 0)
             told["runs"] += 1
-            told["identical"] += same(folder / "result.npz", whole)
+            told["identical"] += same(folder / "result.npz", result)
             told["leftovers"] += sum(name.endswith(".tmp") for name in os.listdir(folder))
     return told
 
@@ -236,11 +260,11 @@ def measure(args, recorder) -> None:
             whole = Path(folder) / "whole"
             whole.mkdir()
             life = runner.life(whole)
-            if life.status not in [status.name for status in FINISHED]:
-                raise SystemExit(f"{name}: the run that nothing stops did not finish")
+            if not life.finished:
+                raise SystemExit(f"{name}: the run that nothing stops did not finish: {life}")
             for how in SIGNALS:
                 count = args.kills if how == "kill -9" else args.signals
-                told = interrupted(runner, how, count, life.seconds, rng, whole / "result.npz")
+                told = interrupted(runner, how, count, life, rng, whole / "result.npz")
                 recorder.add({"case": name, "by": how}, told)
                 recorder.write()
 
@@ -262,7 +286,7 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "cases": list(CASES), "sizes": [48], "kills": 20, "signals": 10, "steps": 0,
+            "cases": list(CASES), "sizes": [48], "kills": 20, "signals": 4, "steps": 0,
             "out": str(common.RESULTS / "reliability.jsonl"),
         },
         quick={"cases": list(CASES)[1:2], "sizes": [8], "kills": 2, "signals": 1, "steps": 30},

@@ -18,6 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jbilevel._method.base import require_oracle
+from jbilevel._training.interruption import Interruption
 from jbilevel.training import FitResult, FitStatus
 
 __all__ = ["minimise"]
@@ -61,6 +62,8 @@ def minimise(
       callback: ``callback(evaluation, params, value)``; stops when it returns something true.
       options: more arguments of ``dfols.solve``.
 
+    Ctrl-C and SIGTERM end a run as they end `jb.fit`.
+
     Returns `FitResult`: params: the best that was met; history: ``value``, ``tol``, ``work``, ``seconds`` of each
     evaluation; state: what the package itself returned, None where the budget ended it.
 
@@ -88,6 +91,7 @@ def minimise(
         finest=float(1e-4 * tol if finest is None else finest),
         radius=radius * max(1.0, np.max(np.abs(start))),
     )
+    interruption = Interruption()
     run = _Run(
         oracle,
         batch,
@@ -96,6 +100,7 @@ def minimise(
         budget=budget,
         accuracy=accuracy,
         callback=callback,
+        check=interruption.check,
     )
     settings = {
         "rhobeg": accuracy.radius,
@@ -108,12 +113,13 @@ def minimise(
         settings["bounds"] = (_bound(lower, params, -1e20), _bound(upper, params, 1e20))
     state, status = None, FitStatus.CONVERGED
     try:
-        with warnings.catch_warnings():
+        with interruption, interruption.ends(), warnings.catch_warnings():
+            interruption.check()
             warnings.simplefilter("ignore", RuntimeWarning)  # of the package's own linear algebra
             state = dfols.solve(run, start, **settings)
     except _Spent:
         status = FitStatus.FINISHED
-    except KeyboardInterrupt:
+    if interruption.came:
         status = FitStatus.INTERRUPTED
     if run.stopped:
         status = FitStatus.STOPPED
@@ -158,12 +164,14 @@ class _Run:
 
     def __init__(self, oracle, batch, *, assemble, sample_weight, budget, accuracy: _Accuracy, callback):
         self.oracle, self.batch, self.assemble, self.weight = oracle, batch, assemble, sample_weight
-        self.budget, self.accuracy, self.callback = budget, accuracy, callback
+        self.budget, self.accuracy = budget, accuracy
+        self.callback, self.check = callback, check
         self.best, self.best_value, self.warm = None, math.inf, None
         self.work, self.rows, self.stopped = 0.0, [], False
         self.compile_seconds = 0.0
 
     def __call__(self, point):
+        self.check()
         if self.work >= self.budget:
             raise _Spent
         tol, began = self.accuracy.at(point, self.best), time.perf_counter()

@@ -1,5 +1,9 @@
 """DFO-LS: it finds the minimiser without gradients, in its bounds and its budget, and says how it ended."""
 
+import signal
+import sys
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,3 +67,24 @@ def test_what_cannot_be_done_is_said(dfols):
 def test_params_keep_their_dtype(dfols):
     result = dfols.minimise(ORACLE, jnp.asarray(0.0, jnp.float32), QUADRATIC.batch(0, 2), budget=60, tol=1e-2)
     assert result.params.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it(number, monkeypatch):
+    """Whatever package owns the loop: this one evaluates the same point for ever."""
+
+    def solve(function, start, **settings):
+        while True:
+            function(start)
+
+    monkeypatch.setitem(sys.modules, "dfols", types.SimpleNamespace(solve=solve))
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = jb.dfols.minimise(
+            ORACLE, jnp.asarray(-3.0), QUADRATIC.batch(0, 2), budget=1e9, tol=1e-2,
+            callback=lambda step, params, value: signal.raise_signal(number) if step == 2 else None,
+        )  # fmt: skip
+        assert result.status is jb.FitStatus.INTERRUPTED and result.steps == 3 and result.best is result.params
+        assert signal.getsignal(signal.SIGTERM) == before[0]
+    finally:
+        signal.signal(signal.SIGINT, before[1])

@@ -19,7 +19,7 @@ def test_two_kills_change_nothing(tmp_path):
     runner = interruptions.Runner(NETWORK, size=8, steps=40)
     whole = runner.life(tmp_path)
     assert whole.status == "FINISHED" and whole.steps == 40 and whole.code == 0
-    told = interruptions.interrupted(runner, "kill -9", 2, whole.seconds, random.Random(0), tmp_path / "result.npz")
+    told = interruptions.interrupted(runner, "kill -9", 2, whole, random.Random(0), tmp_path / "result.npz")
     assert told["interruptions"] == 2 and told["identical"] == told["runs"] >= 1
     assert told["most_lost"] <= 1 and told["leftovers"] == 0
 

@@ -162,7 +162,7 @@ class _Accuracy:
 class _Run:
     """The objective as the package calls it: point -> residuals, with warm start and books kept here."""
 
-    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, accuracy: _Accuracy, callback):
+    def __init__(self, oracle, batch, *, assemble, sample_weight, budget, accuracy: _Accuracy, callback, check):
         self.oracle, self.batch, self.assemble, self.weight = oracle, batch, assemble, sample_weight
         self.budget, self.accuracy = budget, accuracy
         self.callback, self.check = callback, check

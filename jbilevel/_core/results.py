@@ -391,7 +391,8 @@ def raise_if_known(info: SolveInfo, what: str) -> None:
 
     def look(status, residual):
         if not isinstance(status, jax.core.Tracer):
-            _check(SolveInfo(status, None, residual, None, Work(0, 0, 0)), False, what)
+            info = SolveInfo(status=status, steps=None, residual=residual, error=None, evaluations=Work(0, 0, 0))
+            _check(info, False, what)
             return status
         seen = jax.custom_batching.custom_vmap(lambda status, residual: status)
         seen.def_vmap(lambda size, batched, status, residual: (look(status, residual), batched[0]))

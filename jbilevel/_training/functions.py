@@ -15,10 +15,7 @@ PACKAGE, STDLIB = str(Path(__file__).parents[1]), str(Path(os.__file__).parent)
 SILENT = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RESUME"}
 BY_NAME = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
 REBINDS = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
-MUTATORS = {
-    "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
-    "update", "write",
-}  # fmt: skip
+MUTATORS = set("add append appendleft clear discard extend insert pop popitem remove setdefault update write".split())
 
 
 class Access(NamedTuple):
@@ -112,8 +109,8 @@ def constants(function: FunctionType, found: Reading) -> Iterator[tuple[str, Any
     Of a module, a namespace or a mapping of settings only the entries that are read (``settings.scale``) count.
     """
     names = dict(closure(function))
-    names |= {name: function.__globals__[name] for name in sorted(found.names.keys() & function.__globals__.keys())
-              if name not in names}  # fmt: skip
+    used = sorted(found.names.keys() & function.__globals__.keys() - names.keys())
+    names |= {name: function.__globals__[name] for name in used}
     for name, value in names.items():
         if name not in found.state:
             yield from _parts(name, value, found.names.get(name, {()}))

@@ -55,15 +55,25 @@ class Hessian(NamedTuple):
         """`start` and `solution`, in the dtype of b after all where float32 overflowed."""
         state = self.start(b, steps, rtol)
         x = trees.scale(trees.norm(b), trees.cast_like(state.x, b))  # the last finite iterate
-        curvatures = (c.astype(trees.dtype(b)) for c in (state.curvature, state.least_curvature))
-        first = InexactSolution(x, state.status, state.steps, *curvatures)
+        first = InexactSolution(
+            x=x,
+            status=state.status,
+            steps=state.steps,
+            curvature=state.curvature.astype(trees.dtype(b)),
+            least_curvature=state.least_curvature.astype(trees.dtype(b)),
+        )
         if not self.in_single:
             return first
         failed = state.status == Status.NONFINITE
         tol, steps = rtol * trees.norm(b), jnp.where(failed, steps, 0)
         retried = iterate(self.full, b, trees.zeros_like(b), tol, steps, zero_start=True)
-        steps = retried.steps + state.steps
-        second = InexactSolution(retried.x, retried.status, steps, retried.curvature, retried.least_curvature)
+        second = InexactSolution(
+            x=retried.x,
+            status=retried.status,
+            steps=retried.steps + state.steps,
+            curvature=retried.curvature,
+            least_curvature=retried.least_curvature,
+        )
         return trees.where(failed, second, first)
 
     def _attainable(self, rtol, b):

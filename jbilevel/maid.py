@@ -166,7 +166,7 @@ class MAID(Method):
         def unfinished(s: _Search):
             squared_norm = self._squared_norm(state, s)
             searching = ~s.accepted & (s.rounds <= self.rounds) & ~self._at_floor(state, s)
-            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(squared_norm) & (squared_norm > 0)
+            return searching & jnp.isfinite(s.hg.value) & jnp.isfinite(squared_norm) & ~self._zero(s, squared_norm)
 
         def refine(s: _Search) -> _Search:
             return self._refine(state, batch, s)
@@ -211,11 +211,16 @@ class MAID(Method):
         """Of what of the hypergradient can move params."""
         return trees.squared_norm(steps.reduced(self.projection, state.params, s.hg.grad, s.step))
 
+    def _zero(self, s: _Search, squared_norm):
+        """Whether the hypergradient is exactly zero; that of an inexact solution may be zero anywhere."""
+        return (squared_norm == 0) & (self._errors(s.hg) == 0)
+
     def _stationary(self, state: MAIDState, s: _Search):
         error = 2 * self._errors(s.hg)
         shown = acceptable(s.hg.status) & (error <= CREDIBLE * jnp.abs(s.hg.value))
         squared_norm = self._squared_norm(state, s)
-        return steps.stationary(s.hg.value, squared_norm, state.step, jnp.where(shown, error, 0.0))
+        small = steps.stationary(s.hg.value, squared_norm, state.step, jnp.where(shown, error, 0.0))
+        return small & ((squared_norm > 0) | (error == 0) | shown)
 
     def _resolves_decrease(self, state: MAIDState, s: _Search):
         """Whether a step of this length could pass: its largest credible decrease against the errors."""

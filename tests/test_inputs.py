@@ -255,7 +255,7 @@ def test_a_traced_value_in_a_closure_of_a_saddle_problem_is_named(name):
 
 def test_forward_mode_says_what_to_do_instead():
     x_hat = jb.implicit.argmin(RIDGE)
-    with pytest.raises(TypeError, match=r"reverse mode only: use jax.grad, jax.jacrev or jax.vjp"):
+    with pytest.raises(TypeError, match="reverse mode: use jax.grad, jax.jacrev or jax.vjp"):
         jax.jacfwd(lambda p: x_hat(p, A))(1.0)
     np.testing.assert_allclose(jax.jacrev(lambda p: x_hat(p, A))(1.0), -A / 4, rtol=1e-4)
 

@@ -306,8 +306,12 @@ def _alive(oracle, params, split: Split, mapped, warm: Warm) -> Warm:
             )
         )
 
-    # a conditional, because a cold start may cost as much as some steps
-    return jax.lax.cond(jnp.all(fine[0]) & jnp.all(fine[1]), lambda _: warm, replaced, None)
+    def where_needed(_):
+        # a cold start may cost as much as some steps
+        return jax.lax.cond(jnp.all(fine[0]) & jnp.all(fine[1]), lambda _: warm, replaced, None)
+
+    # on a GPU a branch would ask the host
+    return jax.lax.platform_dependent(None, cpu=where_needed, default=replaced)
 
 
 def _products(oracle):

@@ -66,7 +66,7 @@ class SolutionMap:
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(
-                "a solution has derivatives in reverse mode only: use jax.grad, jax.jacrev or jax.vjp; jax.jvp of a "
+                "a solution has no forward-mode derivative, but reverse mode: use jax.grad, jax.jacrev or jax.vjp; jax.jvp of a "
                 "gradient, and jax.hessian by jax.jacfwd(jax.grad(...)), work for jb.implicit.argmin."
             ) from error
         if cold:

@@ -77,6 +77,8 @@ def _checked(operator: FromFunctions | FromCallbacks):
             "`forward` or `transpose` of an operator closes over a traced value, but operators are static; write what "
             "depends on `params` with plain JAX functions, in the energy or in `linear`."
         ) from error
+    except jax.errors.JaxRuntimeError:  # of a host function: it is raised where the operator is used
+        return operator
     if gap > MISMATCH:
         raise ValueError(
             f"`transpose` is not the transpose of `forward`: <A x, y> and <x, A^T y> differ by {gap:.1e} of "

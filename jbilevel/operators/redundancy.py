@@ -198,4 +198,4 @@ def report(lacks: Sequence[str], strict: bool) -> None:
         sentence = f"filtered backprojection lacks lines through the image: {'; '.join(lacks)}."
         if strict:
             raise ValueError(sentence)
-        warnings.warn(sentence, UserWarning, stacklevel=3)
+        warnings.warn(sentence, UserWarning, stacklevel=4)

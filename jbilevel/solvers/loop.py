@@ -156,7 +156,9 @@ def _contradicted(solver: Solver, view, first: _Progress, last: _Progress, targe
         return status.astype(jnp.int32)
     # a descent ends at a maximum only where it began there
     still = (last.steps == first.steps) & (status == Status.CONVERGED) & jnp.isfinite(target)
-    concave = jax.lax.cond(still, concave_at, lambda _: jnp.asarray(False), last.state.x)
+    where_needed = lambda x: jax.lax.cond(still, concave_at, lambda _: jnp.asarray(False), x)  # noqa: E731
+    # on a GPU a branch would ask the host
+    concave = still & jax.lax.platform_dependent(last.state.x, cpu=where_needed, default=concave_at)
     return jnp.where(concave, Status.INDEFINITE, status).astype(jnp.int32)
 
 

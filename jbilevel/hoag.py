@@ -139,7 +139,7 @@ class HOAG(Method):
             previous_grad=grad,
             previous_tol=state.tol,
         )
-        grad_norm = trees.norm(trees.where(lost, state.previous_grad, hg.grad))
+        grad_norm = trees.norm(trees.where(nonfinite, state.previous_grad, hg.grad))
         info = self.report(hg, state, step=jnp.where(rejected, 0.0, length), grad_norm=grad_norm)
         return following, info._replace(value=jnp.where(nonfinite, state.value, hg.value))
 

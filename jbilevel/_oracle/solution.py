@@ -66,8 +66,8 @@ class SolutionMap:
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(
-                "a solution has no forward-mode derivative, but reverse mode: use jax.grad, jax.jacrev or jax.vjp; jax.jvp of a "
-                "gradient, and jax.hessian by jax.jacfwd(jax.grad(...)), work for jb.implicit.argmin."
+                "a solution has no forward-mode derivative, but reverse mode: use jax.grad, jax.jacrev or jax.vjp; "
+                "jax.jvp of a gradient, and jax.hessian by jax.jacfwd(jax.grad(...)), work for jb.implicit.argmin."
             ) from error
         if cold:
             say_if_unsolved("tol", tol, info)

@@ -333,7 +333,7 @@ HOSTILE = (
     Hostile("10^12 steps", "checkpoint npz", metadata(steps=10**12)),
     Hostile("-1 samples", "checkpoint npz", metadata(samples=-1)),
     Hostile("words for numbers", "checkpoint npz", metadata(samples="many", steps=None)),
-    Hostile("no origin", "checkpoint npz", header(lambda tree: tree["meta"].pop("made by"))),
+    Hostile("no origin", "checkpoint npz", header(lambda tree: tree["meta"].pop("run"))),
     Hostile("no end", "checkpoint npz", header(lambda tree: tree["meta"].pop("done"))),
     # .pth
     Hostile("pickle that calls", "torch pth", pth(pickle.dumps({"w": Attack()}, 2))),

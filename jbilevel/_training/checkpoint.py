@@ -6,6 +6,7 @@ import errno
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,19 @@ class Checkpoint:
         if missing := [name for name in ENTRIES if name not in meta]:
             raise ValueError(f"checkpoint={self.file} is of another version of jbilevel, without {missing}; {OTHER}.")
         if self.resume != "force":
-            self._require_same(meta["run"])
+            with io.blame(self.file):
+                run = {name: dict(meta["run"][name]) for name in ("versions", "data", "params")} | dict(meta["run"])
+            self._require_same(run)
         template = jax.eval_shape(lambda p, batch: stepping.init(self.method, p, batch), params, self.source.first)
         try:
-            content, _ = io.load(self.file, self._like(template, meta))
+            with io.blame(self.file):
+                like = self._like(template, meta)
+            content, _ = io.load(self.file, like)
         except ValueError as error:
             raise ValueError(f"`checkpoint` cannot be resumed: {error} If the problem has changed, {OTHER}.") from error
-        history, state = History(content["history"]), content["state"]
+        with io.blame(self.file):
+            history, state = History(content["history"]), content["state"]
+            history.failures()  # raises where a status is none
         other = list(fingerprint.between_leaves(meta["run"]["params"], self.origin["params"], PARAMS))
         if self.resume != "force" and other and self.origin["params"] != fingerprint.leaves(state.params):
             self._refuse(other)
@@ -155,17 +162,21 @@ class Checkpoint:
             )
 
     def _like(self, template, meta) -> dict[str, Any]:
-        """What the file must hold to belong to this run."""
-        samples, changing = meta["samples"], self.source.changing
+        """What the file must hold to belong to this run: shapes that it announces, and no memory for them."""
+
+        def of(shape, dtype):
+            return np.broadcast_to(np.zeros((), dtype), shape)
+
+        samples, steps, changing = int(meta["samples"]), int(meta["steps"]), self.source.changing
         warm = jax.tree.leaves(template.warm)
         shapes = zip(meta["warm"], warm, strict=True) if changing else ()
         return {
             "state": replace(template, warm=None) if changing else template,
             "warm": [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in shapes],
             "best": {"params": template.params, "value": 0.0} if meta["best"] else None,
-            "history": {name: np.zeros(meta["steps"], column.dtype) for name, column in History().arrays().items()},
-            "index": np.zeros(samples, np.int64),
-            "store": [np.zeros((samples, *leaf.shape[1:]), leaf.dtype) for leaf in warm if samples],
+            "history": {name: of((steps,), column.dtype) for name, column in History().arrays().items()},
+            "index": of((samples,), np.int64),
+            "store": [of((samples, *leaf.shape[1:]), leaf.dtype) for leaf in warm if samples],
         }
 
 
@@ -184,5 +195,6 @@ def _file(path) -> Path:
         sentence = f"`checkpoint`={path} needs a folder where a file or a loop of symbolic links is; give another path."
         raise NotADirectoryError(errno.ENOTDIR, sentence) from error
     except OSError as error:
-        raise OSError(error.errno, f"`checkpoint`={path} is no file: {error.strerror}; give another path.") from error
+        kind = ValueError if error.errno == errno.ELOOP else partial(OSError, error.errno)
+        raise kind(f"`checkpoint`={path} is no file: {error.strerror}; give another path.") from error
     return path

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,59 +150,50 @@ class Life(NamedTuple):
         return self.status in ("FINISHED", "CONVERGED")
 
 
+class Moment(NamedTuple):
+    """When an interruption comes: after a number of steps, maybe while a checkpoint is written, and some seconds."""
+
+    steps: int
+    seconds: float
+    written: bool = False
+
+    @classmethod
+    def of(cls, number: int, before: int, whole: Life, rng: random.Random) -> Moment:
+        """That of interruption ``number``, in a run that has taken ``before`` steps."""
+        if number % 4 == 0:
+            return cls(0, rng.uniform(0.0, whole.compiling))
+        steps = before + rng.randint(1, max(1, whole.steps // 4))
+        return cls(steps, 0.0, written=True) if number % 4 == 2 else cls(steps, rng.uniform(0.0, whole.step))
+
+    def wait(self, folder: Path, process: subprocess.Popen) -> None:
+        """Looks often, and as long as the process lives."""
+        while process.poll() is None and lines_in(folder / "log.csv") < self.steps:
+            time.sleep(2e-3)
+        while process.poll() is None and self.written and not any(name.endswith(".tmp") for name in os.listdir(folder)):
+            time.sleep(2e-4)
+        time.sleep(self.seconds)
+
+
 class Runner:
     """Starts processes of one case."""
 
     def __init__(self, name: str, size: int, steps: int):
         self.options = ["--child", name, "--sizes", str(size), "--steps", str(steps)]
 
-    def life(self, folder: Path, number: int | None = None, wait: Callable[[Path], None] = lambda folder: None) -> Life:
-        """One process, which gets the signal ``number`` once ``wait`` returns after it has begun."""
+    def life(self, folder: Path, number: int | None = None, moment: Moment | None = None) -> Life:
+        """One process, which gets the signal ``number`` at the ``moment``."""
         command = [sys.executable, __file__, *self.options, "--folder", str(folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             first = process.stdout.readline().strip()
             if first != BEGUN:
                 raise SystemExit(f"a process failed before it began: {first!r}")
-            if number is not None:
-                wait(folder)
+            if number is not None and moment is not None:
+                moment.wait(folder, process)
                 if process.poll() is None:
                     process.send_signal(number)
             told = process.stdout.read().strip()
         return Life(process.returncode, **json.loads(told.splitlines()[-1] if told else "{}"))
-
-
-def for_seconds(seconds: float, folder: Path) -> None:
-    time.sleep(seconds)
-
-
-def until_steps(steps: int, seconds: float, folder: Path) -> None:
-    """``seconds`` after the log has a number of steps."""
-    wait_for(lambda: lines_in(folder / "log.csv") >= steps)
-    time.sleep(seconds)
-
-
-def until_written(steps: int, folder: Path) -> None:
-    """Until a checkpoint is being written, after a number of steps."""
-    until_steps(steps, 0.0, folder)
-    wait_for(lambda: any(name.endswith(".tmp") for name in os.listdir(folder)), longest=5.0)
-
-
-def wait_for(condition: Callable[[], bool], longest: float = 120.0) -> None:
-    """Looks often and costs little; what is waited for may never come."""
-    end = time.monotonic() + longest
-    while time.monotonic() < end and not condition():
-        time.sleep(2e-4)
-
-
-def moment(number: int, before: int, whole: Life, rng: random.Random) -> Callable[[Path], None]:
-    """What interruption ``number`` waits for, in a run that has taken ``before`` steps."""
-    if number % 4 == 0:
-        return partial(for_seconds, rng.uniform(0.0, whole.compiling))
-    steps = before + rng.randint(1, max(1, whole.steps // 4))
-    if number % 4 == 2:
-        return partial(until_written, steps)
-    return partial(until_steps, steps, rng.uniform(0.0, whole.step))
 
 
 def interrupted(runner: Runner, how: str, count: int, whole: Life, rng: random.Random, result: Path) -> dict:
@@ -215,8 +205,8 @@ def interrupted(runner: Runner, how: str, count: int, whole: Life, rng: random.R
             while life is None or not life.finished:
                 (folder / "log.csv").unlink(missing_ok=True)
                 number = SIGNALS[how] if told["interruptions"] < count else None
-                wait = moment(told["interruptions"], steps_in(folder / "run.npz"), whole, rng)
-                life = runner.life(folder, number, wait)
+                moment = Moment.of(told["interruptions"], steps_in(folder / "run.npz"), whole, rng)
+                life = runner.life(folder, number, moment)
                 if life.finished:
                     break
                 told["interruptions"] += 1

@@ -111,7 +111,7 @@ def said(call: Callable) -> str:
         except Exception as error:
             return f"{type(error).__name__}: {_first(error)}"
     words = [f"{w.category.__name__}: {_first(w.message)}" for w in seen]
-    return "; ".join([str(found), *words])
+    return "; ".join([str(found), *dict.fromkeys(words)])
 
 
 def _first(words) -> str:
@@ -191,7 +191,7 @@ def _dropped(kind: str) -> str:
 
 def _wrong_modulus(factor: float, count: int = 300) -> str:
     """How many of random quadratics with mu too large by a factor are certified all the same."""
-    silent = named = 0
+    silent = warned = named = 0
     rng = np.random.default_rng(1)
     problem = jb.SmoothProblem(
         lambda p, x, d: 0.5 * x @ d["H"] @ x - d["b"] @ x,
@@ -203,13 +203,18 @@ def _wrong_modulus(factor: float, count: int = 300) -> str:
         values = 10.0 ** np.append(rng.uniform(0, 3, 7), 0.0)
         H = (basis * values) @ basis.T
         data = {"H": H, "b": rng.standard_normal(8), "mu": factor}
-        x, info = jb.solve(problem, (), jax.tree.map(np.float32, data), tol=0.3)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            x, info = jb.solve(problem, (), jax.tree.map(np.float32, data), tol=0.3)
         broken = np.linalg.norm(np.asarray(x) - np.linalg.solve(H, data["b"])) > float(info.error) * 1.001
         if int(info.status) == jb.Status.CONVEXITY:
             named += 1
         elif broken and int(info.status) == jb.Status.CONVERGED:
-            silent += 1
-    return f"bound broken and CONVERGED {silent} of {count}; named {named}"
+            warned, silent = warned + bool(seen), silent + (not seen)
+    return (
+        f"CONVEXITY {named} of {count}; bound broken and CONVERGED {silent}, and {warned} with a warning that the "
+        "tolerance is larger than what there is to solve"
+    )
 
 
 def _wrong_adjoint() -> str:

@@ -64,7 +64,8 @@ def main(argv=None):
 
     oracle = jb.implicit.Oracle(problem, psnr_loss)
     started = time.perf_counter()
-    result = jb.fit(jb.MAID(oracle), jnp.log(jnp.array([1e-2], jnp.float32)), train, steps=30, progress=not args.quiet)
+    start = jnp.log(jnp.array([1e-2], jnp.float32))
+    result = jb.fit(jb.MAID(oracle), start, train, steps=30, **pictures.saving(args, "maid"))
     print(f"learned weight {float(jnp.exp(result.params[0])):.2e} in {result.steps} steps, {result.work:.0f} "
           f"gradient-equivalents, {time.perf_counter() - started:.0f} s: {result.message}")  # fmt: skip
     grid = np.exp(float(result.params[0]) + np.log(2) * np.arange(-2, 3))

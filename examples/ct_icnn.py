@@ -76,8 +76,7 @@ def main(argv=None):
     oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=(0, 0)), solver=SOLVER)
     result = jb.fit(
         jb.MAID(oracle, projection=network.project), network.init(jax.random.key(args.seed), weight=1e-3), train,
-        steps=300, progress=not args.quiet, log=args.out / "maid.csv",
-        work_budget=args.work,
+        steps=300, work_budget=args.work, **pictures.saving(args, "maid"),
     )  # fmt: skip
     values = result.history["value"]
     print(f"{result.steps} steps, training loss {values[0]:.3f} to {values[-1]:.3f}: {result.message}")

@@ -43,8 +43,9 @@ def networks(args, A):
 def learn(args, name: str, loss, params, parts, *, steps: int, rate: float):
     started = time.perf_counter()
     best, step, result = scans.train(
-        loss, params, *parts, steps=steps, batch=args.batch, rate=rate, seed=args.seed, progress=not args.quiet
-    )
+        loss, params, *parts, steps=steps, batch=args.batch, rate=rate, seed=args.seed, folder=args.out / name,
+        resume=args.resume, progress=not args.quiet,
+    )  # fmt: skip
     print(f"{name}: {result.message} Best on validation data after step {step}, {time.perf_counter() - started:.0f} s.")
     return best
 

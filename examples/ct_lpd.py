@@ -78,7 +78,7 @@ def train(args, f, params, training, validation):
     """The average of the iterates that is best on the validation data."""
     best, step, result = scans.train(
         lambda params, data: LOSS(None, f(params, data["y"]), data), params, training, validation, steps=args.steps,
-        batch=args.batch, rate=args.rate, seed=args.seed, folder=args.out, progress=not args.quiet,
+        batch=args.batch, rate=args.rate, seed=args.seed, folder=args.out, resume=args.resume, progress=not args.quiet,
     )  # fmt: skip
     seconds = result.history["seconds"].sum()
     print(f"{result.steps} steps of {args.batch} images in {seconds:.0f} s, and {result.compile_seconds:.0f} s of "

@@ -40,13 +40,14 @@ def learn(name: str, regularizer, images, batch, args):
     """Parameters of ``regularizer``; ``batch`` is for choosing the weight between the stages."""
     started = time.perf_counter()
     keep = getattr(regularizer, "project", lambda params: params)
-    fit = partial(jb.fit, progress=not args.quiet)
     rate = partial(optax.cosine_decay_schedule, alpha=0.05)
 
     score = jb.explicit.Oracle(jb.losses.DenoisingScore(regularizer))
     method = jb.FirstOrder(score, optax.adam(rate(1e-2, args.score_steps), b2=0.99), projection=keep)
     first = regularizer.init(jax.random.key(args.seed), dtype=jnp.float32)
-    scored = fit(method, first, batches(images, args, 8, 0), steps=args.score_steps).params
+    scored = jb.fit(
+        method, first, batches(images, args, 8, 0), steps=args.score_steps, **pictures.saving(args, f"{name}_score")
+    ).params
 
     problem = jb.variational(None, regularizer)
     oracle = jb.implicit.Oracle(problem, pictures.psnr_loss, estimate=False)
@@ -55,9 +56,9 @@ def learn(name: str, regularizer, images, batch, args):
 
     adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate(1e-2, args.steps), b2=0.99))
     method = jb.FirstOrder(oracle, adam, tol=0.1, adjoint_tol=0.1, projection=keep)
-    result = fit(
-        method, theta, batches(images, args, 4, 1), steps=args.steps, log=args.out / f"{name}.csv",
-        work_budget=args.work,
+    result = jb.fit(
+        method, theta, batches(images, args, 4, 1), steps=args.steps, work_budget=args.work,
+        **pictures.saving(args, name),
     )  # fmt: skip
     print(f"{name}: {args.score_steps} steps of score matching, {result.steps} bilevel steps, "
           f"{time.perf_counter() - started:.0f} s ({result.message})")  # fmt: skip

@@ -49,8 +49,8 @@ def main(argv=None):
     problem = jb.variational(None, foe)
     method = jb.MAID(jb.implicit.Oracle(problem, pictures.psnr_loss), projection=foe.project, window=0.85)
     result = jb.fit(
-        method, foe.init(jax.random.key(args.seed), dtype=jnp.float32), train, steps=1000, progress=not args.quiet,
-        work_budget=args.work, log=args.out / "maid.csv",
+        method, foe.init(jax.random.key(args.seed), dtype=jnp.float32), train, steps=1000,
+        work_budget=args.work, **pictures.saving(args, "maid"),
     )  # fmt: skip
     count = sum(leaf.size for leaf in jax.tree.leaves(result.params))
     print(f"{count} parameters, {result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")

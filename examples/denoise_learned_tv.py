@@ -45,8 +45,7 @@ def main(argv=None):
     method = jb.FirstOrder(oracle, optax.adam(1e-2), tol=0.0, adjoint_tol=0.0, projection=learned.project)
     start = learned.init(jax.random.key(args.seed), weight=float(jnp.exp(best[0])), dtype=jnp.float32)
     result = jb.fit(
-        method, start, train, steps=args.steps, progress=not args.quiet, log=args.out / "adam.csv",
-        work_budget=args.work,
+        method, start, train, steps=args.steps, work_budget=args.work, **pictures.saving(args, "adam"),
     )  # fmt: skip
     print(f"{result.steps} steps, weight {float(jnp.exp(result.params['log_weight'])):.4f} after "
           f"{float(jnp.exp(best[0])):.4f} ({result.message})")  # fmt: skip

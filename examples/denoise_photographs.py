@@ -67,8 +67,8 @@ class Patience:
 def learn(name, oracle, theta, batch, args, projection=None):
     started = time.perf_counter()
     result = jb.fit(
-        jb.MAID(oracle, projection=projection, window=0.85), theta, batch, steps=args.steps, progress=not args.quiet,
-        callback=Patience(), work_budget=args.work, log=args.out / f"{name}.csv",
+        jb.MAID(oracle, projection=projection, window=0.85), theta, batch, steps=args.steps,
+        callback=Patience(), work_budget=args.work, **pictures.saving(args, name),
     )  # fmt: skip
     print(f"{name}: {result.steps} steps, {result.work:.0f} gradient-equivalents, {time.perf_counter() - started:.0f} s"
           f" ({result.message})")  # fmt: skip

@@ -21,6 +21,7 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("outputs") / name, help="where results go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--resume", action="store_true", help="go on with the learning that was interrupted")
     return parser
 
 
@@ -40,6 +41,16 @@ def parser(description: str, name: str, **defaults) -> argparse.ArgumentParser:
     )
     parser.set_defaults(**defaults)
     return parser
+
+
+def saving(args, name: str) -> dict:
+    """Options of `jb.fit` that keep what is learned after every step, in the folder for results."""
+    return {
+        "checkpoint": args.out / f"{name}.run.npz",
+        "resume": args.resume,
+        "log": args.out / f"{name}.csv",
+        "progress": not args.quiet,
+    }
 
 
 def parsed(parser: argparse.ArgumentParser, argv):
@@ -108,7 +119,7 @@ def learn_tv(problem, regularizer, start, batch, args, best):
     """Weight and smoothing of total variation by MAID, told beside the ``best`` weight of a grid."""
     result = jb.fit(
         jb.MAID(jb.implicit.Oracle(problem, psnr_loss), projection=regularizer.project), start, batch, steps=100,
-        progress=not args.quiet, work_budget=args.work, log=args.out / "maid.csv",
+        work_budget=args.work, **saving(args, "maid"),
     )  # fmt: skip
     weight, eps = np.exp(result.params)
     print(f"{result.steps} steps, {result.work:.0f} gradient-equivalents: {result.message}")

@@ -73,8 +73,8 @@ def main(argv=None):
     best = bands * min(grid, key=lambda p: float(oracle.value(p * bands, train, tol=tol).value))
 
     result = jb.fit(
-        jb.NBA(oracle, tol=tol, adjoint_tol=1e-2), best, train, steps=25, progress=not args.quiet,
-        work_budget=args.work, log=args.out / "nba.csv",
+        jb.NBA(oracle, tol=tol, adjoint_tol=1e-2), best, train, steps=25,
+        work_budget=args.work, **pictures.saving(args, "nba"),
     )  # fmt: skip
     print(f"{result.steps} steps: {result.message}")
     learned = np.round(np.exp(result.params), 4).tolist()

@@ -96,10 +96,11 @@ def best_filter(A, data) -> str:
     return min(errors, key=errors.get)
 
 
-def train(loss, params, data, validation, *, steps, batch, rate=2e-3, seed=0, folder=None, progress=False):
+def train(loss, params, data, validation, *, steps, batch, rate=2e-3, seed=0, folder=None, **fit):
     """``(the average of the iterates that is best on the validation data, its step, what fit returned)``.
 
-    Adam with a warm-up and a cosine decay of the rate; ``folder`` keeps a checkpoint, from which the run goes on.
+    Adam with a warm-up and a cosine decay of the rate; ``folder`` keeps the best parameters and a checkpoint; ``fit``:
+    more options of `jb.fit`.
     """
     oracle = jb.explicit.Oracle(loss)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
@@ -112,6 +113,6 @@ def train(loss, params, data, validation, *, steps, batch, rate=2e-3, seed=0, fo
     )  # fmt: skip
     result = jb.fit(
         method, params, lambda step: jax.tree.map(lambda v: v[chosen(step)], data), steps=steps, callback=best,
-        checkpoint=folder and folder / "run.npz", checkpoint_every=100, progress=progress,
+        checkpoint=folder and folder / "run.npz", checkpoint_every=100, **fit,
     )  # fmt: skip
     return best.params, best.step, result

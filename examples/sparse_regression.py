@@ -90,7 +90,7 @@ def main(argv=None):
         best = min(grid, key=lambda x: float(ORACLE.value(x * ones, batch, tol=1e-4).value))
 
         method = jb.NBA(ORACLE, tol=1e-4, adjoint_tol=1e-4)
-        result = jb.fit(method, best * ones, batch, steps=args.steps, progress=not args.quiet)
+        result = jb.fit(method, best * ones, batch, steps=args.steps, **pictures.saving(args, "nba"))
         print(f"{result.steps} steps: {result.message}")
 
         found, lines = {}, ["| | validation | test NMSE | nonzeros | true ones among them |", "|---|---|---|---|---|"]

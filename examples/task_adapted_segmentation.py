@@ -103,8 +103,9 @@ def trained(args, rng):
     parts = ({"x": images[a:b], "labels": labels[a:b]} for a, b in ((0, 360), (360, 400)))
     loss = lambda p, d: LOSS(T(p, d["x"]), d["labels"])  # noqa: E731
     params, *_ = scans.train(
-        loss, params, *parts, steps=args.net_steps, batch=8, rate=5e-3, seed=args.seed, progress=not args.quiet
-    )
+        loss, params, *parts, steps=args.net_steps, batch=8, rate=5e-3, seed=args.seed, folder=args.out,
+        resume=args.resume, progress=not args.quiet,
+    )  # fmt: skip
     return T, params, net
 
 
@@ -200,7 +201,7 @@ def main(argv=None):
     best = jnp.log(jnp.array([weights[np.argmax(psnr)]], jnp.float32))
     add("TV, best PSNR", net_params, denoised(denoiser, best))
 
-    learn = partial(jb.task_adapted, task=T, loss=LOSS, task_params=net_params, batches=batch, progress=not args.quiet)
+    learn = partial(jb.task_adapted, task=T, loss=LOSS, task_params=net_params, batches=batch)
     quick = {"estimate": False}
 
     def told(name, problem, found):
@@ -209,7 +210,7 @@ def main(argv=None):
               f"compiling, loss {fit.history['value'][0]:.3f} to {fit.history['value'][-1]:.3f}")  # fmt: skip
         add(name, found.task, denoised(problem, found.regularizer))
 
-    adapted = learn(denoiser, regularizer=best, steps=args.steps)
+    adapted = learn(denoiser, regularizer=best, steps=args.steps, **pictures.saving(args, "tv"))
     told("TV for the task", denoiser, adapted)
     curves(args.out / "weights.png", weights, psnr, losses, float(jnp.exp(adapted.regularizer[0])))
 
@@ -217,12 +218,14 @@ def main(argv=None):
     tuned = learn(
         denoiser, regularizer=adapted.regularizer, steps=args.steps, finetune=net.last(2), oracle=quick,
         method=partial(adam, optimizer=optax.adam(0.03)), alternate=optax.adam(1e-3), task_steps=3,
+        **pictures.saving(args, "tuned"),
     )  # fmt: skip
     told("TV, fine-tuned", denoiser, tuned)
 
     filters = learn(
         ridge, regularizer=CRR.init(jax.random.key(args.seed), dtype=jnp.float32), steps=6 * args.steps, oracle=quick,
         method=partial(adam, optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 6 * args.steps, 0.05))),
+        **pictures.saving(args, "ridge"),
     )  # fmt: skip
     told("ridge filters", ridge, filters)
 

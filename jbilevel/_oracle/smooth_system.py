@@ -18,7 +18,7 @@ from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Work
 from jbilevel._oracle.bounds import Blocks, Norms, ratio
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
-from jbilevel.solvers.cg import distance_left
+from jbilevel.solvers.cg import distance_left, smallest_ritz_value
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
 from jbilevel.solvers.mixed import hessian_at, refine
@@ -27,8 +27,11 @@ from jbilevel.solvers.mixed import hessian_at, refine
 NEWTON_RTOL = 1e-3
 # an error that is left after a Newton step is told up to so many times what the step removed
 MOST_LEFT = 8.0
-# share of the smallest curvature seen that is taken for a modulus of convexity
+# share of the smallest Ritz value that is taken for a modulus of convexity, and of a rough estimate of one
 SEEN = 0.8
+ROUGH = 0.5
+# by which it may still be too large where another modulus is known
+DOUBT = 10.0
 # CG steps towards the Newton step whose length estimates ||x - x_hat|| where mu is unknown
 DISTANCE_STEPS = 5
 
@@ -85,7 +88,7 @@ class SmoothSystem(System):
         before = trees.norm(adjoint_residual)
         after = before * jnp.sqrt(solve.rr).astype(before.dtype)
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
-        modulus = self._modulus(adjoint.least_curvature, newton.least_curvature, solve.least_curvature)
+        modulus = self._modulus(adjoint.least_curvature, newton, solve)
         # of the Newton step, what conjugate gradients left and what the linearisation missed
         missed = ratio(residual, self.residual) - jnp.sqrt(newton.rr)
         left_x, left_q = (distance_left(state, modulus) for state in (newton, solve))
@@ -103,11 +106,16 @@ class SmoothSystem(System):
             evaluations=work,
         )
 
-    def _modulus(self, *curvatures):
-        """A modulus of convexity: the one that is known, else SEEN of the smallest curvature that was seen."""
-        least = reduce(jnp.minimum, (jnp.asarray(c, self.residual.dtype) for c in curvatures))
+    def _modulus(self, least_curvature, *states):
+        """A modulus of convexity for estimates: by what was seen of the smallest eigenvalue, and the one that is known.
+
+        The one that is known may be far below all eigenvalues here, but what was seen above them by chance.
+        """
+        ritz = [smallest_ritz_value(state) for state in states]
+        least = [ROUGH * least_curvature, *(SEEN * value for value in ritz)]
+        least = reduce(jnp.minimum, (jnp.asarray(value, self.residual.dtype) for value in least))
         known = self.view.constants.strong_convexity
-        return SEEN * least if known is None else jnp.where(known > 0, known, SEEN * least)
+        return least if known is None else jnp.where(known > 0, jnp.maximum(known, least / DOUBT), least)
 
     def point(self, adjoint: Adjoint) -> tuple:
         return self.x, adjoint.q

@@ -186,6 +186,20 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
 
 
+def smallest_ritz_value(state: CGState):
+    """Smallest eigenvalue of the Lanczos matrix of all steps, which were ``kept``: at least that of H. inf without."""
+    alphas, betas = state.steps_taken
+    index = jnp.arange(alphas.size)
+    taken = index < state.steps
+    lengths = jnp.where(taken, alphas, 1.0)
+    diagonal = 1 / lengths + jnp.where(index > 0, jnp.roll(jnp.where(taken, betas, 0.0) / lengths, 1), 0.0)
+    beyond = jnp.max(jnp.where(taken, diagonal, 0.0))  # no eigenvalue of rows not taken is the smallest
+    coupling = jnp.where(index + 1 < state.steps, jnp.sqrt(jnp.where(taken, betas, 0.0)) / lengths, 0.0)[:-1]
+    matrix = jnp.diag(jnp.where(taken, diagonal, beyond)) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
+    fine = (state.steps > 0) & jnp.all(jnp.isfinite(matrix))
+    return jnp.where(fine, jnp.linalg.eigvalsh(jnp.where(fine, matrix, 0.0))[0], jnp.inf)
+
+
 def distance_left(state: CGState, modulus):
     """||x - H^-1 b||/||x - x0|| after all steps were ``kept``, by a modulus > 0 that is below all eigenvalues of H.
 

@@ -30,6 +30,7 @@ from jbilevel.solvers import require_tolerance
 from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
+ROUNDING = 4.0  # of a loss, in units of that of its value
 
 
 class Scales(NamedTuple):
@@ -432,10 +433,11 @@ def _mean_value(oracle, samples: Sample, weight):
     value, shift = _mean(samples.value, weight), _mean(samples.shift, weight)
     estimate, bound = _mean(samples.estimate, weight), _mean(samples.bound, weight)
     finite = jnp.isfinite(value)
+    rounding = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
     estimate, bound = _infinite_unless(finite, estimate), _infinite_unless(finite, bound)
     if oracle.correct:
-        return value - shift, estimate, bound
-    return value, _infinite_unless(finite, jnp.abs(shift) + estimate), bound
+        return value - shift, estimate + rounding, bound
+    return value, _infinite_unless(finite, jnp.abs(shift) + estimate + rounding), bound
 
 
 @partial(jax.jit, static_argnums=0)

@@ -310,12 +310,11 @@ def render(rows) -> str:
     for row in rows:
         case, told = row["case"], row["figures"]
         gradient, value = told["gradient"], told["value"]
-        low, middle, high = gradient["ratios"]
         lines.append((
             case["kind"], case["modulus"], case["dtype"], gradient["cases"],
-            *(percent(told[f"reported, {name}"]) for name in CONDITIONS), f"{100 * gradient['low']:.1f} %",
-            f"{low:.2g} / {middle:.2f} / {high:.1f}", f"{100 * value['low']:.1f} %", f"{value['ratios'][1]:.2f}",
-            f"{told['gain']:.2g}", told["worse"],
+            *(percent(told[f"reported, {name}"]) for name in CONDITIONS), shown(gradient["low"], "{:.1%}"),
+            " / ".join(shown(q, "{:.2g}") for q in gradient["ratios"]), shown(value["low"], "{:.1%}"),
+            shown(value["ratios"][1], "{:.2g}"), shown(told["gain"], "{:.2g}"), told["worse"],
         ))  # fmt: skip
         whole.append(told)
     count = sum(t["gradient"]["cases"] for t in whole)
@@ -333,6 +332,10 @@ def render(rows) -> str:
 
 def percent(share: dict) -> str:
     return f"{100 * share['reported']:.0f} % of {share['cases']}" if share["cases"] else "–"
+
+
+def shown(value, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else form.format(value)
 
 
 def finite(value) -> float:

@@ -100,7 +100,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         points, left, approach = PullBackPoints(system.point(adjoint)), None, None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
-            left, approach = newton.left, newton.approach
+            left, approach = newton.left + newton.rounding * self.correct, newton.approach
             points = PullBackPoints(points.plain, newton.halfway, newton.point)
             work = adjoint.info.evaluations.join(newton.evaluations)
             adjoint = adjoint._replace(info=adjoint.info._replace(evaluations=work))

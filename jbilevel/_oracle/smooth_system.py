@@ -33,6 +33,8 @@ SEEN = 0.8
 ROUGH = 0.5
 # units of rounding of a gradient that one at the floor may have
 AT_FLOOR = 16.0
+# of the rounding that a condition number admits, what is met
+FELT = 0.1
 # by which it may still be too large where another modulus is known
 DOUBT = 10.0
 # CG steps that look for a singular Hessian, and the eigenvalue that counts as none, in units of rounding
@@ -96,6 +98,8 @@ class SmoothSystem(System):
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
         before = trees.norm(adjoint_residual)
         after = before * jnp.sqrt(solve.rr).astype(before.dtype)
+        moved = trees.norm(trees.sub(x, self.x)), jnp.sqrt(jnp.maximum(solve.dd, 0.0)) * before
+        relative = [ratio(trees.norm(unknown), by) for unknown, by in zip((x, q), moved, strict=True)]
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
         states, work = (newton, solve), Work.zero()
         if view.constants.strong_convexity is None:
@@ -120,6 +124,7 @@ class SmoothSystem(System):
             point=system.point(improved),
             left=left,
             evaluations=work,
+            rounding=FELT * trees.eps(self.x) * largest / modulus * jnp.maximum(*relative),
             approach=Approach(halfway=x_halfway, end=x, left=left_x),
         )
 

@@ -42,6 +42,7 @@ class Correction(NamedTuple):
     point: Any  # after all of them
     left: Any  # estimate of how large the error that is left is, against the one that was removed; inf: unknown
     evaluations: Work
+    rounding: Any = 0.0  # of the unknowns after the step, in units of how far it moved them
     approach: Approach | None = None  # where these steps of x tell more than `System.distance`
 
 

@@ -206,7 +206,7 @@ def top_k(logits, labels, k: int = 1):
 
 def _label_overlaps(prediction, labels, n_classes, ignore, background, pooled):
     """|P ∩ T| and |P| + |T|, (images or 1, classes)."""
-    prediction, labels = jnp.asarray(prediction), jnp.asarray(labels)
+    prediction, labels = jnp.asarray(native(prediction)), jnp.asarray(native(labels))
     if prediction.shape != labels.shape or labels.ndim < 2:
         raise ValueError(f"`prediction` {prediction.shape} and `labels` {labels.shape} must both be (n, ...).")
     for name, v in (("prediction", prediction), ("labels", labels)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
@@ -34,16 +34,18 @@ class Oracle(AdjointOracle):
       mode: "sequential": the saddle point to ``tol``, then its adjoint to ``adjoint_tol``; "simultaneous": iterations
         for both in turn, until both tolerances are met.
       solver: `PDHG`, for both.
-      correct: return the hypergradient (and values) after one inexact semismooth Newton step on all four unknowns;
-        ``error`` then estimates what remains.
-      estimate: compute ``error`` (by the same step) when correct is False; otherwise it is inf.
-      error_steps: MINRES steps in each of the two systems of that Newton step; one costs one K and one K*.
+      correct: return the hypergradient (and values) after a correction of all four unknowns, some accelerated
+        iterations for (x, y) and as many for the adjoint; ``error`` then estimates what remains.
+      estimate: compute ``error`` (by the same correction) when correct is False; otherwise it is inf.
+      error_steps: iterations in each half of that correction; one costs one K and one K*.
       loss_smoothness: Lipschitz constant of the gradient of the loss in (x, y), for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_adjoint_steps: limits of the two solves.
 
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
-    ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
-    problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
+    ``adjoint_tol`` bounds the residual of the adjoint system. ``error`` is inf where the correction seems to leave more
+    than half of the distance to the exact unknowns, for which more ``error_steps`` or smaller tolerances are the cure.
+    With both moduli, a norm and `SaddleConstants` in the problem, loss_smoothness here and a loss that does not read
+    params, ``bound`` is proven (in exact arithmetic).
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)
@@ -58,9 +60,10 @@ class Oracle(AdjointOracle):
 
     mode: str = "sequential"
     solver: PDHG = PDHG()
+    error_steps: int = field(default=32, kw_only=True)
     max_adjoint_steps: int = 5000
 
-    least_error_steps = 2  # each half of the Newton step needs one
+    least_error_steps = 2  # each half of a correction needs one
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,33 +1,40 @@
-"""Saddle points: the derivative of the optimality system through the proxes, its adjoint, a Newton step, the pull-back.
+"""Saddle points: the derivative of the optimality system through the proxes, its adjoint, corrections, the pull-back.
 
 With x = prox_g(p) and y = prox_f*(r) all Hessians appear through VJPs of the two proxes at p and r: (d prox_g)' =
 (I + tau G)^-1 for the Hessian G of g at x, and where g has none it is what takes its place. The adjoint (X, Y) solves
 G X + K*Y = -grad_x l, F Y - K X = grad_y l, with G, F the Hessians of g, f*: the same primal-dual iteration, with the
 VJPs of the same proxes at the same arguments (Bogensperger et al. 2024, Algorithms 1 and 2).
+
+A correction takes some of these iterations, accelerated, for both. A semismooth Newton step would have to guess which
+constraints are active: far from the solution it guesses wrong, and then says nothing of the error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from jbilevel._core import trees
 from jbilevel._core.results import Work
-from jbilevel._oracle.bounds import Blocks, Norms, depends_on, ratio
+from jbilevel._oracle import acceleration
+from jbilevel._oracle.bounds import Blocks, Norms, depends_on
 from jbilevel._oracle.smooth_system import DISTANCE_STEPS, NEWTON_RTOL
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel._views.saddle import SaddleView
 from jbilevel.prox import divided, times
 from jbilevel.solvers.loop import Solution, run
-from jbilevel.solvers.minres import iterate as minimal_residual
 from jbilevel.solvers.pdhg import PDHG
 
-# what a Newton step left of the error, per what it left of the residual: errors lie where the system is weak
-SAFETY = 2.5
+# pairs of vectors that an accelerated iteration remembers
+MEMORY = 12
+# an error that is left after a correction is told up to so many times what was removed
+MOST_LEFT = 0.5
 
 
 class ProxPoint(NamedTuple):
@@ -65,6 +72,16 @@ class Linearization(NamedTuple):
         return times(self.tau, self.pull_x(c[0])), times(self.sigma, self.pull_y(c[1]))
 
 
+class _Halves(NamedTuple):
+    """The best of the first half of some accelerated iterations, and of all."""
+
+    halfway: Any
+    last: Any
+    away: Any  # estimated distance from the fixed point
+    left: Any  # the same, against how far they moved
+    products: Any
+
+
 @dataclass(frozen=True)
 class SaddleSystem(System):
     """T(x, y) = (dg(x) + K*y, df*(y) - K x) = 0 at a point right after the proxes."""
@@ -80,6 +97,7 @@ class SaddleSystem(System):
     norm: Any  # the bound on ||K|| in use
     solver: PDHG
     max_steps: int
+    away: Any = None  # estimated distance from (p, r) to exact ones, in the norm of the steps; None: not known
 
     @classmethod
     def of(cls, view, p, r, tau, sigma, subgradient, **rest) -> SaddleSystem:
@@ -122,36 +140,62 @@ class SaddleSystem(System):
         return Adjoint(solution.x, solution.info.residual, solution.info, (residual, c))
 
     def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
-        """One inexact semismooth step on (p, r), and as much for the adjoint at the new point, by MINRES."""
+        """Accelerated iterations for (p, r), and as many for the adjoint at the best of them."""
         half, c = max(steps // 2, 1), adjoint.parts[1]
-        subgradient = self.normal_map()
-        tol = self._symmetric_tol(subgradient)
-        first, rest, spent = self._minres(trees.zeros_like(c), subgradient, half, tol)
-        move, _, more = self._minres(first, rest, steps - half, NEWTON_RTOL * tol)
-        candidate = self._moved(move)
-        before, after = self.residual_of(subgradient), self.residual_of(candidate.normal_map())
-        better = after <= before
-        p, r = trees.where(better, (candidate.p, candidate.r), (self.p, self.r))
-        corrected_system = self._with(p, r)
-        corrected_system = replace(corrected_system, subgradient=corrected_system.normal_map())
-        corrected_system = replace(corrected_system, residual=self.residual_of(corrected_system.subgradient))
-        halfway = self._moved(trees.where(better, first, trees.zeros_like(c)))
-        adjoint_residual = corrected_system._adjoint_residual(c, loss_gradient_at(corrected_system.x))
-        tol = corrected_system._symmetric_tol(adjoint_residual)
-        c_half, rest, half_spent = corrected_system._minres(c, adjoint_residual, half, tol)
-        c_new, remaining, last_spent = corrected_system._minres(c_half, rest, steps - half, NEWTON_RTOL * tol)
-        size = self.residual_of(remaining)
-        part = jnp.maximum(ratio(corrected_system.residual, before), ratio(size, self.residual_of(adjoint_residual)))
-        improved = adjoint._replace(q=corrected_system.at.lift(c_new), residual=size, parts=(remaining, c_new))
-        work = Work.zero().plus(products=spent + more + half_spent + last_spent + 4)
+        own = self._accelerated(self.iteration, (self.p, self.r), half, steps)
+        corrected = replace(self._with(*own.last), away=own.away)
+        corrected = replace(corrected, subgradient=corrected.normal_map())
+        corrected = replace(corrected, residual=self.residual_of(corrected.subgradient))
+        loss_gradient = loss_gradient_at(corrected.x)
+        other = corrected._accelerated(corrected.adjoint_iteration(loss_gradient), c, half, steps, of_cotangents=True)
+        remaining = corrected._adjoint_residual(other.last, loss_gradient)
+        q, size = corrected.at.lift(other.last), self.residual_of(remaining)
+        left = own.left + other.left
         return Correction(
-            system=corrected_system,
-            adjoint=improved,
-            halfway=halfway._point(c_half),
-            point=corrected_system._point(c_new),
-            left=SAFETY * part,
-            evaluations=work,
+            system=corrected,
+            adjoint=adjoint._replace(q=q, residual=size, parts=(remaining, other.last)),
+            halfway=self._with(*own.halfway)._point(other.halfway),
+            point=corrected._point(other.last),
+            left=jnp.where(left <= MOST_LEFT, left, jnp.inf),
+            evaluations=Work.zero().plus(products=own.products + other.products + 2),
         )
+
+    def iteration(self, z):
+        """One primal-dual iteration in terms of the arguments (p, r) of its proxes."""
+        at, (p, r) = self.at, z
+        x, y = self.view.prox_primal(p, at.tau), self.view.prox_dual(r, at.sigma)
+        p = trees.sub(x, times(at.tau, self.view.transpose(y)))
+        ahead = trees.sub(trees.scale(2.0, self.view.prox_primal(p, at.tau)), x)
+        return p, trees.add(y, times(at.sigma, self.view.linear(ahead)))
+
+    def adjoint_iteration(self, loss_gradient):
+        """The same for the adjoint, in terms of its cotangents."""
+        at, (first, second) = self.at, loss_gradient
+
+        def iteration(c):
+            x, y = at.lift(c)
+            c_x = trees.sub(divided(x, at.tau), trees.add(self.view.transpose(y), first))
+            ahead = trees.sub(trees.scale(2.0, times(at.tau, at.pull_x(c_x))), x)
+            return c_x, trees.add(divided(y, at.sigma), trees.add(self.view.linear(ahead), second))
+
+        return iteration
+
+    def _accelerated(self, iteration, start, half: int, steps: int, of_cotangents: bool = False) -> _Halves:
+        """``steps`` of an iteration in the norm of its steps, sqrt(|x|^2/tau + |y|^2/sigma)."""
+        roots = jax.tree.map(jnp.sqrt, (self.at.tau, self.at.sigma))
+        if not of_cotangents:
+            roots = jax.tree.map(lambda root: 1 / root, roots)
+        flat = lambda pair: ravel_pytree(tuple(map(times, roots, pair)))[0]  # noqa: E731
+        unravel = ravel_pytree(start)[1]
+        back = lambda v: tuple(map(divided, unravel(v), roots))  # noqa: E731
+        step = lambda v: flat(iteration(back(v)))  # noqa: E731
+        first = acceleration.begin(step, flat(start), min(MEMORY, steps))
+        middle = acceleration.resume(step, first, NEWTON_RTOL * first.size, half)
+        last = acceleration.resume(step, middle, NEWTON_RTOL**2 * first.size, steps)
+        moved = trees.norm(trees.sub(last.best, first.best))
+        left = last.distance / jnp.where(moved > 0, moved, 1.0)
+        left = jnp.where(last.size == 0, 0.0, jnp.where(moved > 0, left, jnp.inf))
+        return _Halves(back(middle.best), back(last.best), last.distance, left, last.steps + 1)
 
     def normal_map(self):
         """The element of T(x, y) that belongs to p and r (Robinson's normal map)."""
@@ -165,10 +209,6 @@ class SaddleSystem(System):
     def _with(self, p, r) -> SaddleSystem:
         return replace(self, p=p, r=r, at=Linearization.of(self.view, p, r, self.tau, self.sigma))
 
-    def _moved(self, move) -> SaddleSystem:
-        p, r = trees.add(self.p, times(self.at.tau, move[0])), trees.add(self.r, times(self.at.sigma, move[1]))
-        return self._with(p, r)
-
     def _product(self, c):
         """(G X + K*Y, F Y - K X) for (X, Y) = lift(c): c - X/tau stands for G X."""
         x, y = self.at.lift(c)
@@ -180,29 +220,6 @@ class SaddleSystem(System):
         first, second = self._product(c)
         return trees.add(first, loss_gradient[0]), trees.sub(second, loss_gradient[1])
 
-    def _symmetric_tol(self, residual):
-        """Where MINRES on the system made symmetric may stop."""
-        return NEWTON_RTOL * trees.norm(self.at.lift(residual))
-
-    def _minres(self, c, residual, steps, tol):
-        """(c, residual, products): ``steps`` MINRES steps on the system, made symmetric by applying `lift` to it.
-
-        The part of c that `lift` does not see follows from its own equations, to which K contributes nothing.
-        """
-
-        def symmetric(c):
-            x, y = self.at.lift(self._product(c))
-            return x, trees.neg(y)
-
-        x, y = self.at.lift(residual)
-        rhs = (trees.neg(x), y)
-        found = minimal_residual(symmetric, rhs, trees.zeros_like(rhs), tol, steps, zero_start=True)
-        residual = trees.add(residual, self._product(found.x))
-        pulls = (self.at.pull_x, self.at.pull_y)
-        kernel_part = tuple(trees.sub(d, pull(d)) for d, pull in zip(residual, pulls, strict=True))
-        c = trees.sub(trees.add(c, found.x), kernel_part)
-        return c, trees.sub(residual, self._product(kernel_part)), found.products + 2
-
     def point(self, adjoint: Adjoint) -> tuple:
         return self._point(adjoint.parts[1])
 
@@ -210,11 +227,14 @@ class SaddleSystem(System):
         return self.x, ProxPoint(p=self.p, r=self.r, cotangents=c, tau=self.tau, sigma=self.sigma)
 
     def distance(self, proven, corrected: bool):
-        """Twice the length of a short Newton step, of x at most as proven."""
-        parts = self.subgradient
-        c, _, spent = self._minres(trees.zeros_like(parts), parts, DISTANCE_STEPS, self._symmetric_tol(parts))
-        first, second = (2 * trees.norm(part) for part in self.at.lift(c))
-        return (jnp.minimum(first, proven), second), spent
+        """Of x at most as proven: what a correction knows, else twice the length of a few accelerated iterations."""
+        if self.away is not None:
+            first, second = (self.away * _largest(steps) ** 0.5 for steps in (self.at.tau, self.at.sigma))
+            return (jnp.minimum(first, proven), second), 0
+        found = self._accelerated(self.iteration, (self.p, self.r), DISTANCE_STEPS, DISTANCE_STEPS)
+        moved = trees.sub(self._with(*found.last).x, self.x)
+        first, second = (2 * trees.norm(part) for part in moved)
+        return (jnp.minimum(first, proven), second), found.products
 
     def norms(self, adjoint: Adjoint, error) -> Norms:
         parts = (self.x, adjoint.q, adjoint.parts[0], self.subgradient)
@@ -233,6 +253,10 @@ class SaddleSystem(System):
 
     def kept(self):
         return self.subgradient, self.norm
+
+
+def _largest(steps):
+    return reduce(jnp.maximum, map(jnp.max, jax.tree.leaves(steps)))
 
 
 def _measure(view: SaddleView, parts):

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
-from benchmarks import common
+from benchmarks import common, estimates_saddle
 
 NAME, PAGE = Path(__file__).stem, "certificates"
 ROUNDING = {"float64": 1e-9, "float32": 1e-6}  # relative errors below are not judged
@@ -161,6 +161,7 @@ KINDS: dict[str, Callable[[], Setup]] = {
     "weighted l1": sparse,
 }
 WITHOUT = ("weighted l1",)  # not asked without a modulus
+SADDLE = tuple(estimates_saddle.KINDS)
 
 
 # ---------------------------------------------------------------------------------------------------- the truth
@@ -245,6 +246,20 @@ def cases(kind: str, dtype: str, modulus: bool, count: int, seed: int, steps: in
         yield told | {"warm value truth": abs(float(again.value) - exact.value), "warm value": float(again.error)}
 
 
+def saddle_cases(kind: str, dtype: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    for case in estimates_saddle.cases(kind, dtype, count, seed):
+        exact = Truth(case.value, case.exact, case.condition)
+        call, asked = (case.params, case.batch), {"tol": case.tol, "adjoint_tol": case.adjoint_tol}
+        with common.precision(dtype):
+            hg = case.oracle(*call, **asked)
+            corrected = replace(case.oracle, correct=True)(*call, **asked)
+            again = case.oracle.value(*call, hg.warm, tol=case.tol)
+        told = {"condition": case.condition, "tol": case.tol, "value": abs(case.value)}
+        told |= {"norm": float(np.linalg.norm(case.exact)), "products": int(hg.adjoint.evaluations.products[0])}
+        told |= compared("", hg, exact) | compared("corrected ", corrected, exact)
+        yield told | {"warm value truth": abs(float(again.value) - exact.value), "warm value": float(again.error)}
+
+
 def compared(name: str, hg: jb.Hypergradient, exact: Truth) -> dict[str, float]:
     return {
         f"{name}gradient truth": float(np.linalg.norm(flat(hg.grad) - exact.grad)), f"{name}gradient": float(hg.error),
@@ -294,12 +309,16 @@ def measure(args, recorder) -> None:
     for kind in args.kinds:
         for dtype in args.dtype:
             for modulus in (True, False):
-                if kind in WITHOUT and not modulus:
+                if kind in (*WITHOUT, *SADDLE) and not modulus:
                     continue
                 spent = time.process_time()
                 with common.precision("float64"), warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # tolerances that are met at the start
-                    told = list(cases(kind, dtype, modulus, args.cases, args.seed))
+                    if kind in SADDLE:
+                        told = list(saddle_cases(kind, dtype, args.cases, args.seed))
+                    else:
+                        told = list(cases(kind, dtype, modulus, args.cases, args.seed))
+                jax.clear_caches()  # each row has programs of its own, and a process not room for all
                 case = {"kind": kind, "modulus": "known" if modulus else "unknown", "dtype": dtype}
                 recorder.add(case, figures(told, dtype) | {"cpu_s": time.process_time() - spent})
                 recorder.write()
@@ -345,11 +364,11 @@ def finite(value) -> float:
 def main(argv=None) -> None:
     options = common.parser(
         __doc__,
-        defaults={"cases": 75, "kinds": list(KINDS), "dtype": ["float64", "float32"]},
+        defaults={"cases": 75, "kinds": [*KINDS, *SADDLE], "dtype": ["float64", "float32"]},
         quick={"cases": 3, "kinds": ["quadratic, n = 8"], "dtype": ["float64"]},
     )
     options.add_argument("--cases", type=int, help="of each row")
-    options.add_argument("--kinds", nargs="+", choices=list(KINDS), help="lower levels (default: all)")
+    options.add_argument("--kinds", nargs="+", choices=[*KINDS, *SADDLE], help="lower levels (default: all)")
     args = common.parse(options, argv)
     args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
     recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -157,22 +156,3 @@ def cases(kind: str, dtype: str, count: int, seed: int = 0) -> Iterator[Case]:
                 value=exact.value,
                 condition=exact.condition,
             )
-
-
-def rows(kind: str, dtype: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """True and reported errors of each of the `cases`, of the hypergradient as it is and of the corrected one."""
-    for case in cases(kind, dtype, count, seed):
-        row = {"condition": case.condition, "tol": case.tol, "norm": float(np.linalg.norm(case.exact))}
-        for name, oracle in (("plain", case.oracle), ("corrected", replace(case.oracle, correct=True))):
-            with common.precision(dtype):
-                hg = oracle(case.params, case.batch, tol=case.tol, adjoint_tol=case.adjoint_tol)
-                starts = {"cold": None, "warm": hg.warm}
-                alone = {n: oracle.value(case.params, case.batch, w, tol=case.tol) for n, w in starts.items()}
-                found = np.asarray(ravel_pytree(hg.grad)[0], np.float64)
-            row[name] = {
-                "truth": float(np.linalg.norm(found - case.exact)), "error": float(hg.error),
-                "value_truth": abs(float(hg.value) - case.value), "value_error": float(hg.value_error),
-                "values": {n: [abs(float(v.value) - case.value), float(v.error)] for n, v in alone.items()},
-                "value": case.value, "status": int(hg.status), "products": int(hg.adjoint.evaluations.products[0]),
-            }  # fmt: skip
-        yield row

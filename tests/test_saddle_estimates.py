@@ -11,30 +11,31 @@ from jax.flatten_util import ravel_pytree
 import jbilevel as jb
 from benchmarks import estimates_saddle as estimates
 from benchmarks import saddle_problems as problems
+from benchmarks.estimates import saddle_cases
 
 
 @pytest.fixture(scope="module", params=["Huber-TV", "TV, x >= 0", "learned TV"])
 def found(request):
     """(kind, rows) of two images in double precision."""
-    return request.param, list(estimates.rows(request.param, "float64", 2 * len(estimates.TOLERANCES)))
+    return request.param, list(saddle_cases(request.param, "float64", 2 * len(estimates.TOLERANCES), 0))
 
 
-def column(rows, part, name):
-    return np.array([row[part][name] for row in rows])
+def column(rows, name):
+    return np.array([row[name] for row in rows])
 
 
 def test_what_is_reported_holds(found):
     """Of the hypergradient as it is and after a correction, of its value, and of values alone."""
     kind, rows = found
-    norm = np.array([row["norm"] for row in rows])
-    for part in ("plain", "corrected"):
-        truth, error = column(rows, part, "truth"), column(rows, part, "error")
+    norm = column(rows, "norm")
+    for part in ("", "corrected "):
+        truth, error = column(rows, f"{part}gradient truth"), column(rows, f"{part}gradient")
         seen = np.isfinite(error) & (truth > 1e-11 * norm)
         assert np.all(error[seen] >= 0.5 * truth[seen]), part
-        value_truth, value_error = column(rows, part, "value_truth"), column(rows, part, "value_error")
+        value_truth, value_error = column(rows, f"{part}value truth"), column(rows, f"{part}value")
         seen = value_truth > 1e-12
         assert np.all(value_error[seen] >= 0.5 * value_truth[seen]), part
-    truth, error = column(rows, "plain", "truth"), column(rows, "plain", "error")
+    truth, error = column(rows, "gradient truth"), column(rows, "gradient")
     reported = np.isfinite(error)
     assert np.median(error[reported] / truth[reported]) <= 3
     assert np.mean(reported) >= {"Huber-TV": 1.0, "TV, x >= 0": 0.85, "learned TV": 0.4}[kind]
@@ -42,13 +43,13 @@ def test_what_is_reported_holds(found):
 
 def test_a_correction_gains(found):
     kind, rows = found
-    gain = column(rows, "plain", "truth") / np.maximum(column(rows, "corrected", "truth"), 1e-300)
+    gain = column(rows, "gradient truth") / np.maximum(column(rows, "corrected gradient truth"), 1e-300)
     assert np.median(gain) >= {"Huber-TV": 1e4, "TV, x >= 0": 100, "learned TV": 1.1}[kind]
 
 
 def test_an_estimate_costs_what_is_asked_for(found):
     _, rows = found
-    products = column(rows, "plain", "products")
+    products = column(rows, "products")
     assert jb.piggyback.Oracle.error_steps == 32
     # one more in each half to begin with, and one for the residual after each
     assert np.all(products <= 2 * 32 + 4) and np.max(products) > 32

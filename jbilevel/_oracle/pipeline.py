@@ -118,7 +118,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         info = info._replace(evaluations=info.evaluations.plus(products=products))
         value, loss_gradient = jax.value_and_grad(self.loss, 1)(params, system.x, data)
         norms, shift = system.norms(adjoint, info.error), system.shift(adjoint)
-        blocks = system.blocks(self.loss, params, data)
+        blocks = system.blocks(self.loss, params, data)._replace(near=system.near(adjoint, norms))
         parts = loss_gradient if len(blocks.seen) > 1 else (loss_gradient,)
         sizes = [trees.norm(part) for part in parts]
         errors = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, distances)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Work
-from jbilevel._oracle.bounds import Blocks, Norms, ratio
+from jbilevel._oracle.bounds import Blocks, Near, Norms, ratio
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
@@ -118,6 +118,30 @@ class SmoothSystem(System):
     def blocks(self, loss, params, data) -> Blocks:
         mu = self.view.constants.strong_convexity
         return Blocks((self.view.constants,), None if mu is None else lambda drift: (drift / mu,))
+
+    def near(self, adjoint: Adjoint, norms: Norms) -> Near | None:
+        """With H' the Hessian at x_hat, <d, H' d> <= R e for an adjoint that is d away, |d| <= e, with residual R there.
+
+        Hence ||A' L d||^2 <= c <L d, A' L d> <= c R e where the potentials, and so what else is in H', are convex.
+        """
+        ridges = self.view.known_ridges()
+        if ridges is None or self.view.constants.strong_convexity is None:
+            return None
+        (q,), (error,), point = norms.adjoint, norms.error, trees.norm(self.x)
+        around = ridges.around(ridges.linear(self.x), ridges.linear(adjoint.q), error)
+
+        def gradient(errors, residuals):
+            (e,), (residual,) = errors, residuals
+            return around.gradient(
+                point=point,
+                adjoint=q,
+                error=error,
+                adjoint_error=e,
+                direction_error=ridges.norm * e,
+                product_error=jnp.sqrt(around.curvature * residual * e) if ridges.convex else jnp.inf,
+            )
+
+        return Near(drift=(ridges.norm * around.change,), second=around.change * around.reach, gradient=gradient)
 
     def kept(self):
         return ()

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
 from benchmarks import common
 
-NAME = Path(__file__).stem
+NAME, PAGE = Path(__file__).stem, "reliability"
 TITLE = "Interrupted runs"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 BEGUN = "begun"  # what a process prints before it calls fit
@@ -276,8 +276,7 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={
-            "cases": list(CASES), "sizes": [48], "kills": 20, "signals": 4, "steps": 0,
-            "out": str(common.RESULTS / "reliability.jsonl"),
+            "cases": list(CASES), "sizes": [48], "kills": 20, "signals": 10, "steps": 0,
         },
         quick={"cases": list(CASES)[1:2], "sizes": [8], "kills": 2, "signals": 1, "steps": 30},
     )  # fmt: skip
@@ -287,12 +286,15 @@ def main(argv=None) -> None:
     options.add_argument("--steps", type=int, help="of each run; 0: as many as take some seconds")
     options.add_argument("--child", choices=list(CASES), help="be one of the processes")
     options.add_argument("--folder", type=Path, help="of the process")
-    if argv is None and "--child" in sys.argv:
-        args = common.parse(options)
+    args = common.parse(options, argv)
+    if args.child:
         with common.precision("float64"):
             child(args.child, args.sizes[0], args.steps, args.folder)
         return
-    common.run(NAME, options, measure, render, argv=argv)
+    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
+    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    measure(args, recorder)
+    print(render(recorder.rows))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=6, help="slices to learn from")
     parser.add_argument("--test", type=int, default=3, help="slices to judge on")
     parser.add_argument(
-        "--work", type=float, default=20_000, help="stop learning once this many gradient-equivalents are spent"
+        "--work", type=float, default=1_500_000, help="stop learning once this many gradient-equivalents are spent"
     )
     args = pictures.parsed(parser, argv)
 

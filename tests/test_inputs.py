@@ -1,5 +1,7 @@
 """What users hand over, as they have it: byte order, lists, units, dtypes, weights, JAX settings, closures."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -373,3 +375,16 @@ def test_equal_lines_of_several_files_are_not_one_function():
         kept.append(scope["energy"])
         note_compilation(scope["energy"])  # a warning would be an error
     assert len({function.__code__ for function in kept}) == 1
+
+
+def test_a_dataclass_with_slots_in_an_oracle():
+    """Those have no ``__dict__`` to look for functions in."""
+
+    @dataclass(frozen=True, slots=True)
+    class Slotted:
+        target: float = 1.0
+
+        def __call__(self, p, d):
+            return 0.5 * (p * d - self.target) ** 2
+
+    assert float(jb.explicit.Oracle(Slotted())(1.0, A).value) == pytest.approx(0.5 * np.mean((A - 1.0) ** 2))

@@ -214,7 +214,8 @@ def adjoint(problem, solver, params, data, x, b, tol):
     system = jb.implicit.Oracle(problem, image_loss, linear_solver=solver).lower.restore(
         problem.view(params, data), x, ()
     )
-    return system.adjoint(b, jax.tree.map(jnp.zeros_like, b), tol)[::2]
+    found = system.adjoint(b, jax.tree.map(jnp.zeros_like, b), tol)
+    return found.q, found.info
 
 
 @DTYPES

@@ -48,4 +48,4 @@ def _functions(thing) -> Iterator[FunctionType]:
             yield from _functions(part)
     elif is_dataclass(thing) and not isinstance(thing, type):
         for field in fields(thing):
-            yield from _functions(vars(thing).get(field.name))
+            yield from _functions(getattr(thing, field.name, None))

@@ -6,6 +6,7 @@ oracle (implicit, unrolled, ...) supplies what is done for one sample; this file
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
 from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
-from jbilevel._oracle.bounds import remaining
+from jbilevel._oracle.bounds import remaining, removed_and_left
 from jbilevel._views.base import Problem
 from jbilevel.solvers import require_tolerance
 from jbilevel.solvers.loop import RELATIVE
@@ -55,7 +56,7 @@ class Sample(NamedTuple):
     estimate: Any = None  # of |value - shift - exact|; inf
     bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
     gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
-    residual_ratio: Any = None  # share of the residuals that a Newton correction left; 0
+    left: Any = None  # error that a Newton correction left, against the one that it removed; 0
 
     def __repr__(self) -> str:
         return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
@@ -66,7 +67,7 @@ class Sample(NamedTuple):
         unknown = zero if exact else jnp.full_like(self.value, jnp.inf)
         defaults = {
             "shift": zero,
-            "residual_ratio": zero,
+            "left": zero,
             "estimate": unknown,
             "bound": unknown,
             "gradient_bound": unknown,
@@ -452,7 +453,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         return jax.tree.map(jnp.add, total, gradients), samples
 
     zero = trees.zeros_like(params)
-    total = PullBackPoints(zero, zero if oracle.correct else None, zero if oracle.corrects else None)
+    total = PullBackPoints(zero, *((zero if oracle.corrects else None,) * 2))
     total, samples = in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
     kept = jnp.sum(jnp.where(usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
     total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
@@ -486,12 +487,10 @@ def _blamed(samples: Sample, fine) -> Sample:
 
 
 def _gradient_error(oracle, total: PullBackPoints, samples: Sample, weight):
+    if not oracle.corrects:
+        return oracle.unknown_error(weight.dtype)
+    moved = [trees.norm(trees.sub(a, b)) for a, b in itertools.pairwise((total.plain, total.halfway, total.corrected))]
+    left = jnp.max(jnp.where(weight > 0, samples.left, 0.0))
     if oracle.correct:
-        moved_first = trees.norm(trees.sub(total.halfway, total.plain))
-        moved_last = trees.norm(trees.sub(total.corrected, total.halfway))
-        return remaining(moved_first, moved_last, jnp.max(jnp.where(weight > 0, samples.residual_ratio, 0.0)))
-    if oracle.corrects:
-        # a Newton step that met negative curvature tells nothing
-        known = jnp.all(jnp.isfinite(samples.residual_ratio) | (weight == 0))
-        return jnp.where(known, trees.norm(trees.sub(total.corrected, total.plain)), jnp.inf)
-    return oracle.unknown_error(weight.dtype)
+        return remaining(*moved, left)
+    return removed_and_left(trees.norm(trees.sub(total.corrected, total.plain)), *moved, left)

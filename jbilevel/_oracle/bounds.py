@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from jbilevel._core.constants import Constants
 
+# by which an error that is left may hit z harder than the one that was removed
+SAFETY = 2.0
+
 
 class Norms(NamedTuple):
     """2-norms of the blocks of an inexact solution, its adjoint, the adjoint's residual, and proven distances."""
@@ -153,16 +156,28 @@ def depends_on(function, first, *others) -> bool:
     return any(id(v) in inputs for v in used)
 
 
-def remaining(moved_first, moved_last, residual_ratio):
+def removed_and_left(removed, moved_first, moved_last, left):
+    """Estimate of the error of z before a Newton correction that changed z by ``removed``, in two halves.
+
+    left: how large the error of the unknowns is after the correction, against the part that was removed. The halves
+    tell how far z moves when the unknowns do: their sum, because a single change may be small by chance.
+    """
+    return removed + _left(left, moved_first + moved_last)
+
+
+def remaining(moved_first, moved_last, left):
     """Estimate of the error of z after a Newton correction, from how far its two halves moved z.
 
     When each half of the steps contracts the error alike, a half that moved z by ``moved_last`` after one that moved it
-    by ``moved_first`` leaves about moved_last^2/(moved_first - moved_last). Where both halves converged it is the share
-    of the residuals that is left that tells: it also holds what the linearisation missed.
+    by ``moved_first`` leaves about moved_last^2/(moved_first - moved_last). left: as in `removed_and_left`.
     """
     ratio = moved_last / jnp.where(moved_first > 0, moved_first, 1.0)
     ratio = jnp.where(moved_first > 0, jnp.minimum(ratio, 0.5), 0.5)
-    return jnp.maximum(moved_last * ratio / (1 - ratio), residual_ratio * (moved_first + moved_last))
+    return jnp.maximum(moved_last * ratio / (1 - ratio), _left(left, moved_first + moved_last))
+
+
+def _left(left, moved):
+    return jnp.where(jnp.isfinite(left), SAFETY * left * moved, jnp.inf)
 
 
 def ratio(after, before):

@@ -97,11 +97,11 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         view = self._view(params, data, warm.x)
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
-        points, residual_ratio = PullBackPoints(system.point(adjoint)), None
+        points, left = PullBackPoints(system.point(adjoint)), None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
-            residual_ratio = newton.residual_ratio
-            points = PullBackPoints(points.plain, newton.halfway if self.correct else None, newton.point)
+            left = newton.left
+            points = PullBackPoints(points.plain, newton.halfway, newton.point)
             work = adjoint.info.evaluations.join(newton.evaluations)
             adjoint = adjoint._replace(info=adjoint.info._replace(evaluations=work))
             if self.correct:
@@ -111,7 +111,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
                 adjoint = newton.adjoint._replace(info=after)
         sample = self._report(params, data, view, system, adjoint, info)
-        return sample._replace(residual_ratio=residual_ratio), points
+        return sample._replace(left=left), points
 
     def _report(self, params, data, view, system: System, adjoint: Adjoint, info: SolveInfo) -> Sample:
         distances, products = system.distance(info.error, self.correct)

@@ -27,7 +27,7 @@ from jbilevel.solvers.minres import iterate as minimal_residual
 from jbilevel.solvers.pdhg import PDHG
 
 # what a Newton step left of the error, per what it left of the residual: errors lie where the system is weak
-SAFETY = 5.0
+SAFETY = 2.5
 
 
 class ProxPoint(NamedTuple):
@@ -149,7 +149,7 @@ class SaddleSystem(System):
             adjoint=improved,
             halfway=halfway._point(c_half),
             point=corrected_system._point(c_new),
-            residual_ratio=SAFETY * part,
+            left=SAFETY * part,
             evaluations=work,
         )
 

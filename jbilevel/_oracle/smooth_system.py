@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,12 +18,20 @@ from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Work
 from jbilevel._oracle.bounds import Blocks, Near, Norms, ratio
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
+from jbilevel.solvers.cg import distance_left, smallest_ritz_value
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
 from jbilevel.solvers.mixed import hessian_at, refine
 
 # relative residual at which CG in the Newton step stops early
 NEWTON_RTOL = 1e-3
+# an error that is left after a Newton step is told up to so many times what the step removed
+MOST_LEFT = 8.0
+# share of the smallest Ritz value that is taken for a modulus of convexity, and of a rough estimate of one
+SEEN = 0.8
+ROUGH = 0.5
+# by which it may still be too large where another modulus is known
+DOUBT = 10.0
 # CG steps towards the Newton step whose length estimates ||x - x_hat|| where mu is unknown
 DISTANCE_STEPS = 5
 
@@ -42,14 +51,14 @@ class SmoothSystem(System):
 
     def adjoint(self, loss_gradient, start, tol) -> Adjoint:
         """H q = grad loss."""
-        steps, spent, limit = 0, 0, self.max_products
+        steps, spent, limit, seen = 0, 0, self.max_products, jnp.inf
         if self.linear_solver.refinable and self.view.single(self.x) is not None:
             refined = refine(self.view, self.x, self.product, loss_gradient, start, tol, limit)
-            start, steps, spent = refined.q, refined.products, refined.products
+            start, steps, spent, seen = refined.q, refined.products, refined.products, refined.least_curvature
         solver = self.linear_solver.at(self.view, self.x)
-        q, info = solver.solve(self.product, loss_gradient, start, tol=tol, max_steps=limit)
+        q, info, least = solver.observed(self.product, loss_gradient, start, tol=tol, max_steps=limit)
         info = info._replace(steps=info.steps + steps, evaluations=info.evaluations.plus(products=spent))
-        return Adjoint(q, info.residual, info)
+        return Adjoint(q, info.residual, info, least_curvature=jnp.minimum(seen, least))
 
     def guess(self, loss_gradient, q) -> Adjoint:
         residual = trees.norm(trees.sub(self.product(q), loss_gradient))
@@ -60,7 +69,7 @@ class SmoothSystem(System):
         view, half = self.view, steps // 2
         hessian = hessian_at(view, self.x, self.product)
         negative_gradient = trees.neg(self.gradient)
-        first = hessian.start(negative_gradient, half, NEWTON_RTOL)
+        first = hessian.start(negative_gradient, half, NEWTON_RTOL, kept=steps)
         newton = hessian.resume(first, steps, NEWTON_RTOL)
         candidate = trees.add(self.x, hessian.solution(newton, negative_gradient))
         # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
@@ -72,15 +81,20 @@ class SmoothSystem(System):
         _, gradient, product = view.linearize(x)
         hessian = hessian_at(view, x, product)
         adjoint_residual = trees.sub(loss_gradient_at(x), product(adjoint.q))
-        first = hessian.start(adjoint_residual, half, NEWTON_RTOL)
+        first = hessian.start(adjoint_residual, half, NEWTON_RTOL, kept=steps)
         solve = hessian.resume(first, steps, NEWTON_RTOL)
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
         work = Work.zero().plus(gradients=2, products=newton.steps + solve.steps + 1)
         before = trees.norm(adjoint_residual)
         after = before * jnp.sqrt(solve.rr).astype(before.dtype)
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
-        residual_ratio = jnp.maximum(ratio(residual, self.residual), ratio(after, before))
+        modulus = self._modulus(adjoint.least_curvature, newton, solve)
+        # of the Newton step, what conjugate gradients left and what the linearisation missed
+        missed = ratio(residual, self.residual) - jnp.sqrt(newton.rr)
+        left_x, left_q = (distance_left(state, modulus) for state in (newton, solve))
+        left = jnp.maximum(left_x + jnp.maximum(missed, 0.0), left_q)
         indefinite = (newton.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
+        left = jnp.where(indefinite | ~better | ~(left <= MOST_LEFT), jnp.inf, left)
         system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
         improved = adjoint._replace(q=q, residual=after)
         return Correction(
@@ -88,9 +102,20 @@ class SmoothSystem(System):
             adjoint=improved,
             halfway=(x_halfway, q_halfway),
             point=system.point(improved),
-            residual_ratio=jnp.where(indefinite, jnp.inf, residual_ratio),
+            left=left,
             evaluations=work,
         )
+
+    def _modulus(self, least_curvature, *states):
+        """A modulus of convexity for estimates: by what was seen of the smallest eigenvalue, and the one that is known.
+
+        The one that is known may be far below all eigenvalues here, but what was seen above them by chance.
+        """
+        ritz = [smallest_ritz_value(state) for state in states]
+        least = [ROUGH * least_curvature, *(SEEN * value for value in ritz)]
+        least = reduce(jnp.minimum, (jnp.asarray(value, self.residual.dtype) for value in least))
+        known = self.view.constants.strong_convexity
+        return least if known is None else jnp.where(known > 0, jnp.maximum(known, least / DOUBT), least)
 
     def point(self, adjoint: Adjoint) -> tuple:
         return self.x, adjoint.q

@@ -122,7 +122,7 @@ class SupportSystem(SmoothSystem):
         x = support.project(found.system.x)
         after, rounding = self._proven_residual(x), trees.eps(self.x) * trees.norm(self.x) / self.step * 64
         outside = ~(after <= jnp.maximum(self.solved, rounding))
-        residual_ratio = jnp.where(outside | ~acceptable(adjoint.info.status), jnp.inf, found.residual_ratio)
+        left = jnp.where(outside | ~acceptable(adjoint.info.status), jnp.inf, found.left)
         system = replace(found.system, x=x, residual=after, outside=outside)
         improved = found.adjoint._replace(q=support.project(found.adjoint.q))
         halfway = _point(support, *(support.project(part) for part in found.halfway))
@@ -131,7 +131,7 @@ class SupportSystem(SmoothSystem):
             adjoint=improved,
             halfway=halfway,
             point=system.point(improved),
-            residual_ratio=residual_ratio,
+            left=left,
             evaluations=found.evaluations.plus(gradients=1),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Adjoint(NamedTuple):
     residual: Any  # norm of what is left of the system
     info: SolveInfo
     parts: Any = None  # what else a kind of system knows about it
+    least_curvature: Any = math.inf  # an upper bound on the smallest eigenvalue of the system, where it is symmetric
 
 
 class Correction(NamedTuple):
@@ -30,7 +32,7 @@ class Correction(NamedTuple):
     adjoint: Adjoint
     halfway: Any  # where to pull back after half of the steps: how far the last half moved z tells what is left
     point: Any  # after all of them
-    residual_ratio: Any  # share of the two residuals that is left
+    left: Any  # estimate of how large the error that is left is, against the one that was removed; inf: unknown
     evaluations: Work
 
 

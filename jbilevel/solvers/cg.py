@@ -12,8 +12,39 @@ from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 from jbilevel.prox import same_output
 
 PATIENCE = 50
-TRUSTED = 10  # steps in which <p, p> by recurrence is good to many digits
 EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
+
+
+class Spectrum(NamedTuple):
+    """What conjugate gradients see of the smallest eigenvalue of H, by a few numbers per step.
+
+    The steps factorise the Lanczos matrix T = R'R, R bidiagonal. The norm of R^-1 is estimated from below as R grows
+    (incremental norm estimation, Duff & Voemel 2002; for CG Meurant & Tichy 2019): 1/||R^-1||^2 >= lambda_min(T)
+    >= lambda_min(H).
+    """
+
+    inverse: Any  # ||R^-1||^2
+    link: Any  # how the next column of R^-1 depends on the vector that attains it
+
+    @classmethod
+    def none(cls, like) -> Spectrum:
+        return cls(inverse=jnp.zeros_like(like), link=jnp.zeros_like(like))
+
+    @property
+    def least(self):
+        """An upper bound on the smallest eigenvalue of H, inf before the first step."""
+        return jnp.where(self.inverse > 0, 1 / jnp.where(self.inverse > 0, self.inverse, 1.0), jnp.inf)
+
+    def extended(self, alpha, beta) -> Spectrum:
+        """After a step of length alpha, with the next direction r + beta p."""
+        first, mixed, second = self.inverse + alpha * self.link**2, -alpha * self.link, alpha
+        mean, half = 0.5 * (first + second), 0.5 * (first - second)
+        radius = jnp.hypot(half, mixed)
+        # the eigenvector of [[first, mixed], [mixed, second]], without cancellation
+        s, c = jnp.where(half >= 0, half + radius, mixed), jnp.where(half >= 0, mixed, radius - half)
+        size = jnp.hypot(s, c)
+        s, c = jnp.where(size > 0, s / jnp.where(size > 0, size, 1.0), 1.0), c / jnp.where(size > 0, size, 1.0)
+        return Spectrum(inverse=mean + radius, link=jnp.sqrt(beta) * (c - s * self.link))
 
 
 class CGState(NamedTuple):
@@ -27,19 +58,26 @@ class CGState(NamedTuple):
     dd: Any  # <d, d>
     start_norm: Any  # ||x0||
     curvature: Any  # largest p'Hp/p'p met
-    least_curvature: Any  # smallest one of the first steps, which disproves a larger modulus of convexity
+    spectrum: Spectrum
     steps: Any
     best: Any  # rr when it last fell by 2 per cent
     stalled: Any  # steps since then
     status: Any
     rz: Any = None  # <r, M r> with a preconditioner M
+    steps_taken: Any = None  # (alphas, betas) of the first steps, where they are kept
+
+    @property
+    def least_curvature(self):
+        """An upper bound on the smallest eigenvalue of H."""
+        return self.spectrum.least
 
 
-def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False, inverse=None) -> CGState:
+def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False, inverse=None, kept: int = 0) -> CGState:
     """Hestenes-Stiefel conjugate gradients until ``||b - H x|| <= tol``.
 
     Stops with INDEFINITE at a direction of nonpositive curvature (Steihaug 1983): x is then the last iterate before
     it, or x0. ``zero_start`` saves the product H x0 when x0 is known to be zero. ``inverse``: r -> M r, see `cg`.
+    ``kept``: of so many steps the coefficients are kept, for `distance_left`.
     """
     r = b if zero_start else trees.cast_like(trees.sub(b, product(x0)), b)
     rr = trees.squared_norm(r)
@@ -57,12 +95,13 @@ def iterate(product, b, x0, tol, max_steps, *, zero_start: bool = False, inverse
         dd=none,
         start_norm=start_norm,
         curvature=none,
-        least_curvature=never,
+        spectrum=Spectrum.none(rr),
         steps=zero,
         best=never,
         stalled=zero,
         status=zero,
         rz=rz,
+        steps_taken=(jnp.zeros(kept, rr.dtype), jnp.zeros(kept, rr.dtype)) if kept else None,
     )
     return resume(product, start, tol, max_steps, inverse=inverse)
 
@@ -116,6 +155,14 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
         status = jnp.where(positive, RUNNING, Status.INDEFINITE).astype(jnp.int32)
         rr = jnp.where(jnp.isnan(php), jnp.nan, rr)
         quotient = php / s.pp
+        if rz is None:
+            spectrum = s.spectrum.extended(alpha, beta)
+        else:  # T is that of M H: the quotients are what is known of H
+            spectrum = s.spectrum._replace(inverse=jnp.maximum(s.spectrum.inverse, 1 / quotient))
+        spectrum = trees.where(positive, spectrum, s.spectrum)
+        taken = s.steps_taken
+        if taken is not None:
+            taken = tuple(a.at[s.steps].set(b, mode="drop") for a, b in zip(taken, (alpha, beta), strict=True))
         following = s._replace(
             x=x,
             residual=r,
@@ -125,11 +172,11 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
             dp=dp,
             dd=dd,
             curvature=jnp.maximum(s.curvature, quotient),
-            # later ones suffer from the recurrences
-            least_curvature=jnp.where(s.steps < TRUSTED, jnp.minimum(s.least_curvature, quotient), s.least_curvature),
+            spectrum=spectrum,
             steps=s.steps + 1,
             status=status,
             rz=rz,
+            steps_taken=taken,
         )
         return update_status(following)
 
@@ -139,8 +186,45 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
     return jax.lax.while_loop(lambda s: s.status == RUNNING, step, start)
 
 
+def smallest_ritz_value(state: CGState):
+    """Smallest eigenvalue of the Lanczos matrix of all steps, which were ``kept``: at least that of H. inf without."""
+    alphas, betas = state.steps_taken
+    index = jnp.arange(alphas.size)
+    taken = index < state.steps
+    lengths = jnp.where(taken, alphas, 1.0)
+    diagonal = 1 / lengths + jnp.where(index > 0, jnp.roll(jnp.where(taken, betas, 0.0) / lengths, 1), 0.0)
+    beyond = jnp.max(jnp.where(taken, diagonal, 0.0))  # no eigenvalue of rows not taken is the smallest
+    coupling = jnp.where(index + 1 < state.steps, jnp.sqrt(jnp.where(taken, betas, 0.0)) / lengths, 0.0)[:-1]
+    matrix = jnp.diag(jnp.where(taken, diagonal, beyond)) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
+    fine = (state.steps > 0) & jnp.all(jnp.isfinite(matrix))
+    return jnp.where(fine, jnp.linalg.eigvalsh(jnp.where(fine, matrix, 0.0))[0], jnp.inf)
+
+
+def distance_left(state: CGState, modulus):
+    """||x - H^-1 b||/||x - x0|| after all steps were ``kept``, by a modulus > 0 that is below all eigenvalues of H.
+
+    With it Gauss-Radau quadrature bounds the energy norm of the error from above at the last step (Golub & Meurant
+    1994, by the recurrence of Meurant & Tichy 2013), in exact arithmetic, and so its 2-norm, which is that over
+    sqrt(modulus) at most. inf where the modulus is not below what was seen.
+    """
+    alphas, betas = state.steps_taken
+
+    def extend(radau, step):
+        index, alpha, beta = step
+        above = radau - alpha
+        following = jnp.where(above > 0, above / (modulus * above + beta), jnp.inf)
+        return jnp.where(index < state.steps, following, radau), None
+
+    steps = jnp.arange(alphas.size)
+    first = jnp.asarray(1 / modulus, alphas.dtype)
+    radau, _ = jax.lax.scan(extend, first, (steps, alphas, betas))
+    left, moved = jnp.sqrt(radau * state.rr / modulus), jnp.sqrt(jnp.maximum(state.dd, 0.0))
+    known = jnp.isfinite(modulus) & (modulus > 0) & ~jnp.isnan(left)
+    return jnp.where(state.rr == 0, 0.0, jnp.where(known & (moved > 0), left / jnp.where(moved > 0, moved, 1), jnp.inf))
+
+
 def disproves(state: CGState, modulus):
-    """Whether a Rayleigh quotient that was met lies below a modulus of convexity, by more than rounding."""
+    """Whether an eigenvalue was seen below a modulus of convexity, by more than rounding."""
     noise = 64 * trees.eps(state.x) * state.curvature
     return state.least_curvature < (1 - EXCESS) * modulus - noise
 
@@ -159,8 +243,8 @@ def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None, modulus=None) 
     Returns:
       (x, info): info.residual is recomputed as ``||b - H x||``, not taken from the recurrence; info.error is inf
       (divide the residual by mu where it is known). INDEFINITE when a direction of nonpositive curvature was met,
-      PRECONDITIONER when <r, M r> was not positive; x is then the last iterate before. CONVEXITY when a Rayleigh
-      quotient was below ``modulus``.
+      PRECONDITIONER when <r, M r> was not positive; x is then the last iterate before. CONVEXITY when an
+      eigenvalue below ``modulus`` was seen.
 
     Raises:
       ValueError, TypeError: M r does not have the structure and the shapes, or the dtypes, of r.
@@ -170,15 +254,20 @@ def cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None, modulus=None) 
     >>> bool(jnp.allclose(x, 1.0)), int(info.status)
     (True, 0)
     """
+    return observed_cg(product, b, x0, tol=tol, max_steps=max_steps, inverse=inverse, modulus=modulus)[:2]
+
+
+def observed_cg(product, b, x0=None, *, tol, max_steps=1000, inverse=None, modulus=None) -> tuple[Any, SolveInfo, Any]:
+    """As `cg`, and an upper bound on the smallest eigenvalue of H."""
     if inverse is not None:
         same_output(jax.eval_shape(inverse, b), b, "a preconditioner")
     start = trees.zeros_like(b) if x0 is None else trees.cast_like(x0, b)
     last = iterate(product, b, start, tol, max_steps, zero_start=x0 is None, inverse=inverse)
     info = finish(product, b, last.x, last.status, last.steps, tol, products=last.steps + (x0 is not None))
-    if modulus is None:
-        return last.x, info
-    wrong = disproves(last, modulus) & (info.status <= Status.MAX_STEPS)
-    return last.x, info._replace(status=jnp.where(wrong, Status.CONVEXITY, info.status).astype(jnp.int32))
+    if modulus is not None:
+        wrong = disproves(last, modulus) & (info.status <= Status.MAX_STEPS)
+        info = info._replace(status=jnp.where(wrong, Status.CONVEXITY, info.status).astype(jnp.int32))
+    return last.x, info, last.least_curvature
 
 
 def finish(product, b, x, status, steps, tol, *, products) -> SolveInfo:

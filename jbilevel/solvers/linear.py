@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo
 from jbilevel._core.validate import require_hashable
-from jbilevel.solvers.cg import cg
+from jbilevel.solvers.cg import observed_cg
 from jbilevel.solvers.minres import minres
 from jbilevel.solvers.preconditioners import Preconditioner
 
@@ -43,6 +44,10 @@ class LinearSolver(Contract, abstract="jb.solvers.LinearSolver"):
     @abstractmethod
     def solve(self, product, b, q, *, tol, max_steps) -> tuple[Any, SolveInfo]:
         """(q, info) with ``||b - H q||_2 <= tol`` where info says CONVERGED, from a start q (zero where None)."""
+
+    def observed(self, product, b, q, *, tol, max_steps) -> tuple[Any, SolveInfo, Any]:
+        """As `solve`, and an upper bound on the smallest eigenvalue of H, inf where nobody looked: for estimates."""
+        return *self.solve(product, b, q, tol=tol, max_steps=max_steps), jnp.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class CG(LinearSolver):
     def solve(self, product, b, q, *, tol, max_steps):
         if self.preconditioner is not None:
             raise TypeError("CG with a preconditioner solves at a point: linear_solver.at(view, x).solve(...).")
-        return cg(product, b, q, tol=tol, max_steps=max_steps)
+        return _PreparedCG(None, None).solve(product, b, q, tol=tol, max_steps=max_steps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ class _PreparedCG(LinearSolver):
     modulus: Any
 
     def solve(self, product, b, q, *, tol, max_steps):
-        return cg(product, b, q, tol=tol, max_steps=max_steps, inverse=self.inverse, modulus=self.modulus)
+        return self.observed(product, b, q, tol=tol, max_steps=max_steps)[:2]
+
+    def observed(self, product, b, q, *, tol, max_steps):
+        return observed_cg(product, b, q, tol=tol, max_steps=max_steps, inverse=self.inverse, modulus=self.modulus)
 
 
 @dataclass(frozen=True)

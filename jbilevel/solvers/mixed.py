@@ -36,12 +36,14 @@ class Hessian(NamedTuple):
     full: Callable  # the product in the dtype of x
     in_single: bool
 
-    def start(self, b, steps, rtol) -> CGState:
+    def start(self, b, steps, rtol, kept: int = 0) -> CGState:
         """CG from zero on H x = b/||b|| until the residual is at most ``rtol``; `solution` undoes the scaling."""
         size = trees.norm(b)
         b = trees.scale(1.0 / jnp.where(size > 0, size, 1.0), b)
         b = trees.to_single(b) if self.in_single else b
-        return iterate(self.product, b, trees.zeros_like(b), self._attainable(rtol, b), steps, zero_start=True)
+        return iterate(
+            self.product, b, trees.zeros_like(b), self._attainable(rtol, b), steps, zero_start=True, kept=kept
+        )
 
     def resume(self, state: CGState, steps, rtol) -> CGState:
         return resume(self.product, state, self._attainable(rtol, state.x), steps)
@@ -93,6 +95,7 @@ class Refined(NamedTuple):
     q: Any
     residual: Any  # b - H q
     products: Any
+    least_curvature: Any  # an upper bound on the smallest eigenvalue of H
 
 
 def refine(view, x, product, b, q, tol, max_products) -> Refined:
@@ -107,6 +110,7 @@ def refine(view, x, product, b, q, tol, max_products) -> Refined:
         residual_norm: Any
         products: Any
         improving: Any
+        least_curvature: Any
 
     def unfinished(s: State):
         return (s.residual_norm > tol) & s.improving & (s.products < max_products)
@@ -125,8 +129,17 @@ def refine(view, x, product, b, q, tol, max_products) -> Refined:
             residual_norm=jnp.where(better, residual_norm, s.residual_norm),
             products=products,
             improving=improving,
+            least_curvature=jnp.minimum(s.least_curvature, inner.least_curvature.astype(s.least_curvature.dtype)),
         )
 
-    start = State(q=q, r=r, residual_norm=trees.norm(r), products=one, improving=jnp.asarray(True))
+    size = trees.norm(r)
+    start = State(
+        q=q,
+        r=r,
+        residual_norm=size,
+        products=one,
+        improving=jnp.asarray(True),
+        least_curvature=jnp.full_like(size, jnp.inf),
+    )
     last = jax.lax.while_loop(unfinished, step, start)
-    return Refined(last.q, last.r, last.products)
+    return Refined(last.q, last.r, last.products, last.least_curvature)

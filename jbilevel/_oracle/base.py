@@ -56,6 +56,7 @@ class Sample(NamedTuple):
     estimate: Any = None  # of |value - shift - exact|; inf
     bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
     gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
+    corrected_bound: Any = None  # the same after a Newton correction that is not returned; inf
     left: Any = None  # error that a Newton correction left, against the one that it removed; 0
 
     def __repr__(self) -> str:
@@ -71,6 +72,7 @@ class Sample(NamedTuple):
             "estimate": unknown,
             "bound": unknown,
             "gradient_bound": unknown,
+            "corrected_bound": unknown,
         }
         given = self._asdict()
         return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
@@ -464,7 +466,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     finite = jnp.isfinite(value) & trees.all_finite(grad)
     samples = _blamed(samples, finite | ~jnp.isfinite(value))
     error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
-    bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
+    bound = _infinite_unless(finite, _gradient_bound(oracle, total, samples, weight))
     return Hypergradient(
         value=value,
         values=samples.value - samples.shift if oracle.correct else samples.value,
@@ -478,6 +480,15 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         lower=samples.lower,
         adjoint=samples.adjoint,
     )
+
+
+def _gradient_bound(oracle, total: PullBackPoints, samples: Sample, weight):
+    """A correction that is not returned proves more than the plain bound: how far it is, and how far it may be off."""
+    bound = _mean(samples.gradient_bound, weight)
+    if not oracle.corrects or oracle.correct:
+        return bound
+    moved = trees.norm(trees.sub(total.corrected, total.plain))
+    return jnp.fmin(bound, moved.astype(bound.dtype) + _mean(samples.corrected_bound, weight))
 
 
 def _blamed(samples: Sample, fine) -> Sample:

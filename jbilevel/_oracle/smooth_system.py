@@ -84,9 +84,9 @@ class SmoothSystem(System):
         first = hessian.start(adjoint_residual, half, NEWTON_RTOL, kept=steps)
         solve = hessian.resume(first, steps, NEWTON_RTOL)
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
-        work = Work.zero().plus(gradients=2, products=newton.steps + solve.steps + 1)
-        before = trees.norm(adjoint_residual)
-        after = before * jnp.sqrt(solve.rr).astype(before.dtype)
+        work = Work.zero().plus(gradients=2, products=newton.steps + solve.steps + 2)
+        # not that of conjugate gradients, which may be float32's: bounds are proven with it
+        after = trees.norm(trees.sub(loss_gradient_at(x), product(q)))
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
         modulus = self._modulus(adjoint.least_curvature, newton, solve)
         # of the Newton step, what conjugate gradients left and what the linearisation missed
@@ -145,7 +145,7 @@ class SmoothSystem(System):
         return Blocks((self.view.constants,), None if mu is None else lambda drift: (drift / mu,))
 
     def near(self, adjoint: Adjoint, norms: Norms) -> Near | None:
-        """With H' the Hessian at x_hat, <d, H' d> <= R e for an adjoint that is d away, |d| <= e, with residual R there.
+        """With H' the Hessian at x_hat, <d, H' d> <= R e for an adjoint that is d away, |d| <= e, of residual R there.
 
         Hence ||A' L d||^2 <= c <L d, A' L d> <= c R e where the potentials, and so what else is in H', are convex.
         """

@@ -144,14 +144,14 @@ def _huber_third_radial(t, r):
 
 def _spline_third(t, r):
     t = jnp.abs(t)
-    return jnp.where(t - r < _KNOT, 2 * jnp.minimum(t + r, _KNOT) / _KNOT**2, 0.0)
+    return jnp.where(t - r <= _KNOT, 2 * jnp.minimum(t + r, _KNOT) / _KNOT**2, 0.0)
 
 
 def _smoothstep_third(t, r):
     """|6 - 12 t| on (0, 1) is largest where t is nearest to an end."""
     low, high = jnp.clip(t - r, 0.0, 1.0), jnp.clip(t + r, 0.0, 1.0)
     largest = jnp.maximum(jnp.abs(6 - 12 * low), jnp.abs(6 - 12 * high))
-    return jnp.where((t + r > 0) & (t - r < 1), largest, 0.0)
+    return jnp.where((t + r >= 0) & (t - r <= 1), largest, 0.0)
 
 
 def _none(t, r):

@@ -58,8 +58,9 @@ class Oracle(AdjointOracle):
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
 
-    With strong_convexity, hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem, loss_smoothness here, and a
-    loss that does not read params, the result is certified: ``bound`` is proven (in exact arithmetic).
+    With strong_convexity and either ridges or hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem,
+    loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven (in exact
+    arithmetic). It is sharper with ``estimate``: the bound after a Newton correction, and how far that moved ``grad``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SmoothProblem(

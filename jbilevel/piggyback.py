@@ -42,8 +42,9 @@ class Oracle(AdjointOracle):
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_adjoint_steps: limits of the two solves.
 
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
-    ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
-    problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
+    ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and either ridges or
+    `SaddleConstants` in the problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in
+    exact arithmetic), and sharper with ``estimate``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)

@@ -9,7 +9,10 @@ Hessian, the adjoint by a direct solve. ``error`` is asked of single samples at 
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -22,10 +25,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
+from benchmarks import common
 
-NAME = Path(__file__).stem
-TITLE = "Estimated errors against the truth"
-SEEN = 1e-9  # relative errors below are rounding, in double precision
+NAME, PAGE = Path(__file__).stem, "certificates"
+ROUNDING = {"float64": 1e-9, "float32": 1e-6}  # relative errors below are not judged
+WHAT = ("gradient", "value", "warm value", "corrected gradient", "corrected value")
+CONDITIONS = {"condition to 1e3": (0, 1.01e3), "to 1e4": (1.01e3, 1.01e4), "above": (1.01e4, math.inf)}
 SPECTRA = ("log-uniform", "uniform", "two clusters", "linear")
 
 
@@ -118,7 +123,7 @@ def image(name: str, side: int = 12) -> Setup:
     R = {
         "smoothed TV": jb.regularizers.SmoothedTV(),
         "fields of experts": jb.regularizers.FoE(6, 3),
-        "ridge filters": jb.regularizers.CRR(),
+        "ridge filters": jb.regularizers.CRR(widths=(4, 8), sizes=(3, 3)),
     }[name]
 
     def draw(rng):
@@ -219,10 +224,11 @@ def _with_signs(smooth: Callable) -> Callable:
 # ---------------------------------------------------------------------------------------------------- the cases
 
 
-def cases(kind: str, dtype: str, modulus: bool, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def cases(kind: str, dtype: str, modulus: bool, count: int, seed: int, steps: int = 20) -> Iterator[dict[str, Any]]:
+    """What is told of single samples, and the truth. steps: of the correction that estimates."""
     setup, rng = KINDS[kind](), np.random.default_rng([seed, list(KINDS).index(kind), modulus])
     problem = setup.problem if modulus else replace(setup.problem, strong_convexity=None)
-    plain = problem.oracle(setup.loss)
+    plain = problem.oracle(setup.loss, error_steps=steps)
     corrected = replace(plain, correct=True)
     for _ in range(count):
         drawn = setup.draw(rng)
@@ -231,12 +237,125 @@ def cases(kind: str, dtype: str, modulus: bool, count: int, seed: int) -> Iterat
         if (exact := truth(setup, params, data)) is None:
             continue
         batch = jax.tree.map(lambda leaf: leaf[None], data)
-        row = {"condition": exact.condition, "tol": tol, "norm": float(np.linalg.norm(exact.grad))}
-        for name, oracle in (("plain", plain), ("corrected", corrected)):
-            hg = oracle(params, batch, tol=tol)
-            row[name] = {
-                "truth": float(np.linalg.norm(flat(hg.grad) - exact.grad)), "error": float(hg.error),
-                "value_truth": abs(float(hg.value) - exact.value), "value_error": float(hg.value_error),
-                "value": exact.value, "status": int(hg.status), "products": int(hg.adjoint.evaluations.products[0]),
-            }  # fmt: skip
-        yield row
+        hg = plain(params, batch, tol=tol)
+        told = {"condition": exact.condition, "tol": tol, "value": abs(exact.value)}
+        told |= {"norm": float(np.linalg.norm(exact.grad)), "products": int(hg.adjoint.evaluations.products[0])}
+        told |= compared("", hg, exact) | compared("corrected ", corrected(params, batch, tol=tol), exact)
+        again = plain.value(params, batch, hg.warm, tol=tol)
+        yield told | {"warm value truth": abs(float(again.value) - exact.value), "warm value": float(again.error)}
+
+
+def compared(name: str, hg: jb.Hypergradient, exact: Truth) -> dict[str, float]:
+    return {
+        f"{name}gradient truth": float(np.linalg.norm(flat(hg.grad) - exact.grad)), f"{name}gradient": float(hg.error),
+        f"{name}value truth": abs(float(hg.value) - exact.value), f"{name}value": float(hg.value_error),
+    }  # fmt: skip
+
+
+class Share(NamedTuple):
+    """Of the cases in which an error is above rounding: how often one is reported, and how good it is."""
+
+    cases: int
+    reported: float
+    low: float  # share of the reported ones below half of the truth
+    ratios: tuple  # estimate/truth: 1 %, median, 95 %
+
+    @classmethod
+    def of(cls, told: list[dict], what: str, least: float, size: str) -> Share:
+        truths = [(t[f"{what} truth"], t[what]) for t in told if t[f"{what} truth"] > least * t[size]]
+        ratios = np.array([error / true for true, error in truths if np.isfinite(error)])
+        quantiles = tuple(np.quantile(ratios, (0.01, 0.5, 0.95))) if ratios.size else (math.nan,) * 3
+        low = float(np.mean(ratios < 0.5)) if ratios.size else math.nan
+        return cls(len(truths), ratios.size / max(len(truths), 1), low, quantiles)
+
+
+def figures(told: list[dict], dtype: str) -> dict[str, Any]:
+    least = ROUNDING[dtype]
+    found: dict[str, Any] = {"drawn": len(told)}
+    for what in WHAT:
+        size = "norm" if "gradient" in what else "value"
+        found[what] = Share.of(told, what, least, size)._asdict()
+    for name, (low, high) in CONDITIONS.items():
+        some = [t for t in told if low <= t["condition"] < high]
+        found[f"reported, {name}"] = Share.of(some, "gradient", least, "norm")._asdict()
+    above = [t for t in told if t["gradient truth"] > least * t["norm"]]
+    gains = [t["gradient truth"] / max(t["corrected gradient truth"], 1e-300) for t in above]
+    worse = [
+        t["corrected gradient truth"] > max(t["gradient truth"], 2 * t["corrected gradient"])
+        for t in above
+        if math.isfinite(t["corrected gradient"])
+    ]
+    found["gain"], found["worse"] = float(np.median(gains)) if gains else math.nan, int(np.sum(worse))
+    found["products"] = float(np.median([t["products"] for t in told])) if told else math.nan
+    return found
+
+
+def measure(args, recorder) -> None:
+    for kind in args.kinds:
+        for dtype in args.dtype:
+            for modulus in (True, False):
+                if kind in WITHOUT and not modulus:
+                    continue
+                spent = time.process_time()
+                with common.precision("float64"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # tolerances that are met at the start
+                    told = list(cases(kind, dtype, modulus, args.cases, args.seed))
+                case = {"kind": kind, "modulus": "known" if modulus else "unknown", "dtype": dtype}
+                recorder.add(case, figures(told, dtype) | {"cpu_s": time.process_time() - spent})
+                recorder.write()
+
+
+def render(rows) -> str:
+    lines, whole = [], []
+    for row in rows:
+        case, told = row["case"], row["figures"]
+        gradient, value = told["gradient"], told["value"]
+        lines.append((
+            case["kind"], case["modulus"], case["dtype"], gradient["cases"],
+            *(percent(told[f"reported, {name}"]) for name in CONDITIONS), shown(gradient["low"], "{:.1%}"),
+            " / ".join(shown(q, "{:.2g}") for q in gradient["ratios"]), shown(value["low"], "{:.1%}"),
+            shown(value["ratios"][1], "{:.2g}"), shown(told["gain"], "{:.2g}"), told["worse"],
+        ))  # fmt: skip
+        whole.append(told)
+    count = sum(t["gradient"]["cases"] for t in whole)
+    reported = sum(t["gradient"]["cases"] * t["gradient"]["reported"] for t in whole)
+    low = sum(t["gradient"]["cases"] * t["gradient"]["reported"] * finite(t["gradient"]["low"]) for t in whole)
+    header = ["lower level", "modulus", "", "cases", *(f"reported, {name}" for name in CONDITIONS), "below half",
+              "estimate/truth: 1 %, median, 95 %", "value: below half", "median", "gain of a correction",
+              "made worse"]  # fmt: skip
+    return (
+        f"{count} cases in which the error is above rounding; an error is reported in {reported:.0f} of them, and is "
+        f"below half of the truth in {low:.0f} ({100 * low / max(reported, 1):.1f} %).\n\n"
+        + common.table(header, lines)
+    )
+
+
+def percent(share: dict) -> str:
+    return f"{100 * share['reported']:.0f} % of {share['cases']}" if share["cases"] else "–"
+
+
+def shown(value, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else form.format(value)
+
+
+def finite(value) -> float:
+    return 0.0 if value is None or math.isnan(value) else value
+
+
+def main(argv=None) -> None:
+    options = common.parser(
+        __doc__,
+        defaults={"cases": 75, "kinds": list(KINDS), "dtype": ["float64", "float32"]},
+        quick={"cases": 3, "kinds": ["quadratic, n = 8"], "dtype": ["float64"]},
+    )
+    options.add_argument("--cases", type=int, help="of each row")
+    options.add_argument("--kinds", nargs="+", choices=list(KINDS), help="lower levels (default: all)")
+    args = common.parse(options, argv)
+    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
+    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    measure(args, recorder)
+    print(render(recorder.rows))
+
+
+if __name__ == "__main__":
+    main()

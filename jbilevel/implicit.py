@@ -52,11 +52,17 @@ class Oracle(AdjointOracle):
       correct: return the hypergradient (and values) after one inexact Newton step on (x, q), whose error is of second
         order in the tolerances; ``error`` then estimates what remains.
       estimate: compute ``error`` (by the same Newton step) when correct is False; otherwise it is inf.
-      error_steps: CG steps in each of the two systems of that Newton step.
+      error_steps: CG steps in each of the two systems of that Newton step; more of them make better estimates.
       linear_solver: of the adjoint system: `solvers.CG` (strongly convex; with a ``preconditioner`` if there is a good
         one), or `solvers.MINRES` for energies whose Hessian may be indefinite.
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
+
+    ``error`` is how far the Newton step moves the hypergradient, and what it leaves: CG's own error, by Gauss-Radau
+    quadrature (Golub & Meurant 1994) with the modulus of convexity, the one that is known or what the solves saw of the
+    smallest eigenvalue, and what the linearisation missed. It is inf where that cannot be told: the step raises energy
+    and gradient (a kink, or a tolerance far too loose), the Hessian is indefinite or singular, or CG leaves more than
+    eight times what it removed.
 
     With strong_convexity and either ridges or hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem,
     loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven (in exact

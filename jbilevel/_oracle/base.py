@@ -22,17 +22,8 @@ from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
-from jbilevel._oracle.batches import (
-    Axes,
-    Split,
-    finite_mean,
-    in_chunks,
-    infinite_unless,
-    inputs,
-    mean,
-    over_samples,
-    weights,
-)
+from jbilevel._oracle import batches
+from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining, removed_and_left
 from jbilevel._views.base import Problem
@@ -40,6 +31,7 @@ from jbilevel.solvers import require_tolerance
 from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
+ROUNDING = 4.0  # of a loss, in units of that of its value
 
 
 class Scales(NamedTuple):
@@ -186,7 +178,9 @@ class Oracle(Contract, abstract="jb.Oracle"):
         solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
         weight = weights(batch, sample_weight)
         counts = True if weight is None else weight > 0
-        return Scales(*(finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual)))
+        return Scales(
+            *(batches.finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual))
+        )
 
     @own_settings
     def value(self, params, batch, warm=None, *, tol=None, sample_weight=None) -> Value:
@@ -424,13 +418,14 @@ def _account(oracle, samples: Sample, weight):
 
 
 def _mean_value(oracle, samples: Sample, weight):
-    value, shift = mean(samples.value, weight), mean(samples.shift, weight)
-    estimate, bound = mean(samples.estimate, weight), mean(samples.bound, weight)
+    value, shift = batches.mean(samples.value, weight), batches.mean(samples.shift, weight)
+    estimate, bound = batches.mean(samples.estimate, weight), batches.mean(samples.bound, weight)
     finite = jnp.isfinite(value)
-    estimate, bound = infinite_unless(finite, estimate), infinite_unless(finite, bound)
+    rounding = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    estimate, bound = batches.infinite_unless(finite, estimate), batches.infinite_unless(finite, bound)
     if oracle.correct:
-        return value - shift, estimate, bound
-    return value, infinite_unless(finite, jnp.abs(shift) + estimate), bound
+        return value - shift, estimate + rounding, bound
+    return value, batches.infinite_unless(finite, jnp.abs(shift) + estimate + rounding), bound
 
 
 @partial(jax.jit, static_argnums=0)
@@ -458,8 +453,8 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
     finite = jnp.isfinite(value) & trees.all_finite(grad)
     samples = _blamed(samples, finite | ~jnp.isfinite(value))
-    error = infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
-    bound = infinite_unless(finite, _gradient_bound(oracle, total, samples, weight))
+    error = batches.infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
+    bound = batches.infinite_unless(finite, _gradient_bound(oracle, total, samples, weight))
     return Hypergradient(
         value=value,
         values=samples.value - samples.shift if oracle.correct else samples.value,
@@ -477,11 +472,11 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
 
 def _gradient_bound(oracle, total: PullBackPoints, samples: Sample, weight):
     """A correction that is not returned proves more than the plain bound: how far it is, and how far it may be off."""
-    bound = mean(samples.gradient_bound, weight)
+    bound = batches.mean(samples.gradient_bound, weight)
     if not oracle.corrects or oracle.correct:
         return bound
     moved = trees.norm(trees.sub(total.corrected, total.plain))
-    return jnp.fmin(bound, moved.astype(bound.dtype) + mean(samples.corrected_bound, weight))
+    return jnp.fmin(bound, moved.astype(bound.dtype) + batches.mean(samples.corrected_bound, weight))
 
 
 def _blamed(samples: Sample, fine) -> Sample:

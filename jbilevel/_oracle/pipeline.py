@@ -14,9 +14,9 @@ from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm
 from jbilevel._core.validate import require_function, trace_scalar
 from jbilevel._oracle.base import PullBackPoints, Sample
-from jbilevel._oracle.bounds import depends_on, gradient_bound, value_errors
+from jbilevel._oracle.bounds import depends_on, gradient_bound, removed_and_left, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
-from jbilevel._oracle.systems import Adjoint, Lower, System
+from jbilevel._oracle.systems import Adjoint, Approach, Lower, System
 from jbilevel._views.base import Problem
 
 
@@ -97,15 +97,16 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         view = self._view(params, data, warm.x)
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
-        points, left, corrected_bound = PullBackPoints(system.point(adjoint)), None, None
+        points, left, approach = PullBackPoints(system.point(adjoint)), None, None
+        corrected_bound = None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
-            left = newton.left
+            left, approach = newton.left + newton.rounding * self.correct, newton.approach
             points = PullBackPoints(points.plain, newton.halfway, newton.point)
             work = adjoint.info.evaluations.join(newton.evaluations)
             adjoint = adjoint._replace(info=adjoint.info._replace(evaluations=work))
             if self.correct:
-                system = newton.system
+                system, approach = newton.system, None
                 info = _corrected(info, system.residual, tol * view.tolerance_scale)
                 info = info._replace(error=view.error_bound(system.residual))
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
@@ -114,6 +115,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
                 error = view.error_bound(newton.system.residual)
                 corrected_bound = self._proven(params, data, newton.system, newton.adjoint, error)[2]
         sample = self._report(params, data, view, system, adjoint, info)
+        sample = sample if approach is None else self._seen(params, data, sample, approach)
         return sample._replace(left=left, corrected_bound=corrected_bound), points
 
     def _proven(self, params, data, system: System, adjoint: Adjoint, error):
@@ -145,6 +147,15 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
             lower=info,
             adjoint=adjoint.info._replace(error=view.error_bound(adjoint.info.residual)),
         )
+
+    def _seen(self, params, data, sample: Sample, approach: Approach) -> Sample:
+        """With the error of the value that the loss shows on the way to the exact x, where that is the larger one."""
+        halfway, end = (self.loss(params, x, data) for x in (approach.halfway, approach.end))
+        shift, known = sample.value - end, jnp.isfinite(approach.left)
+        seen = removed_and_left(0.0, jnp.abs(halfway - sample.value), jnp.abs(end - halfway), approach.left)
+        estimate = jnp.maximum(seen, jnp.abs(sample.shift) + sample.estimate - jnp.abs(shift))
+        estimate = jnp.where(known, estimate, sample.estimate)
+        return sample._replace(shift=jnp.where(known, shift, sample.shift), estimate=estimate)
 
     def surrogate(self, params, data, point):
         x, rest = jax.lax.stop_gradient(point)

@@ -7,6 +7,7 @@ changed z is a better hypergradient. No third derivative is formed: the adjoint 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Work
 from jbilevel._oracle.bounds import Blocks, Near, Norms, ratio
-from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
+from jbilevel._oracle.systems import Adjoint, Approach, Correction, Lower, System
 from jbilevel.solvers.cg import distance_left, smallest_ritz_value
 from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
@@ -30,8 +31,15 @@ MOST_LEFT = 8.0
 # share of the smallest Ritz value that is taken for a modulus of convexity, and of a rough estimate of one
 SEEN = 0.8
 ROUGH = 0.5
+# units of rounding of a gradient that one at the floor may have
+AT_FLOOR = 16.0
+# of the rounding that a condition number admits, what is met
+FELT = 0.1
 # by which it may still be too large where another modulus is known
 DOUBT = 10.0
+# CG steps that look for a singular Hessian, and the eigenvalue that counts as none, in units of rounding
+PROBE_STEPS = 8
+ROUNDING = 64.0
 # CG steps towards the Newton step whose length estimates ||x - x_hat|| where mu is unknown
 DISTANCE_STEPS = 5
 
@@ -48,6 +56,7 @@ class SmoothSystem(System):
     residual: Any
     linear_solver: LinearSolver
     max_products: int
+    least_curvature: Any  # that the solver saw on its way
 
     def adjoint(self, loss_gradient, start, tol) -> Adjoint:
         """H q = grad loss."""
@@ -75,7 +84,10 @@ class SmoothSystem(System):
         # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
         energy, gradient = view.value_and_gradient(candidate)
         rounding = 10 * trees.eps(candidate) * jnp.abs(self.energy)
-        better = (trees.norm(gradient) <= self.residual) | (energy <= self.energy - rounding)
+        unit = trees.eps(candidate) * newton.curvature.astype(energy.dtype) * trees.norm(candidate)
+        better = (trees.norm(gradient) <= jnp.maximum(self.residual, AT_FLOOR * unit)) | (
+            energy <= self.energy - rounding
+        )
         x = trees.where(better, candidate, self.x)
         x_halfway = trees.where(better, trees.add(self.x, hessian.solution(first, negative_gradient)), self.x)
         _, gradient, product = view.linearize(x)
@@ -84,17 +96,26 @@ class SmoothSystem(System):
         first = hessian.start(adjoint_residual, half, NEWTON_RTOL, kept=steps)
         solve = hessian.resume(first, steps, NEWTON_RTOL)
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
-        work = Work.zero().plus(gradients=2, products=newton.steps + solve.steps + 2)
+        before = trees.norm(adjoint_residual)
         # not that of conjugate gradients, which may be float32's: bounds are proven with it
         after = trees.norm(trees.sub(loss_gradient_at(x), product(q)))
+        moved = trees.norm(trees.sub(x, self.x)), jnp.sqrt(jnp.maximum(solve.dd, 0.0)) * before
+        relative = [ratio(trees.norm(unknown), by) for unknown, by in zip((x, q), moved, strict=True)]
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
-        modulus = self._modulus(adjoint.least_curvature, newton, solve)
+        states, work = (newton, solve), Work.zero()
+        if view.constants.strong_convexity is None:
+            probe = self._probe()
+            states, work = (*states, probe), work.plus(products=probe.steps)
+        modulus = self._modulus(adjoint.least_curvature, *states)
         # of the Newton step, what conjugate gradients left and what the linearisation missed
         missed = ratio(residual, self.residual) - jnp.sqrt(newton.rr)
         left_x, left_q = (distance_left(state, modulus) for state in (newton, solve))
-        left = jnp.maximum(left_x + jnp.maximum(missed, 0.0), left_q)
-        indefinite = (newton.status == Status.INDEFINITE) | (solve.status == Status.INDEFINITE)
-        left = jnp.where(indefinite | ~better | ~(left <= MOST_LEFT), jnp.inf, left)
+        indefinite = reduce(jnp.logical_or, (state.status == Status.INDEFINITE for state in states))
+        largest = reduce(jnp.maximum, (state.curvature.astype(modulus.dtype) for state in states))
+        fine = better & ~indefinite & (modulus > ROUNDING * trees.eps(self.x) * largest)
+        left_x = _trusted(left_x + jnp.maximum(missed, 0.0), fine)
+        left = jnp.maximum(left_x, _trusted(left_q, fine))
+        work = work.plus(gradients=2, products=newton.steps + solve.steps + 2)
         system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
         improved = adjoint._replace(q=q, residual=after)
         return Correction(
@@ -104,6 +125,15 @@ class SmoothSystem(System):
             point=system.point(improved),
             left=left,
             evaluations=work,
+            rounding=FELT * trees.eps(self.x) * largest / modulus * jnp.maximum(*relative),
+            approach=Approach(halfway=x_halfway, end=x, left=left_x),
+        )
+
+    def _probe(self):
+        """A few CG steps with a fixed random vector, which see a Hessian that is singular where no solve has to."""
+        b = trees.random_like(self.x, 0)
+        return conjugate_gradients(
+            self.product, b, trees.zeros_like(b), 0.0, PROBE_STEPS, zero_start=True, kept=PROBE_STEPS
         )
 
     def _modulus(self, least_curvature, *states):
@@ -112,7 +142,7 @@ class SmoothSystem(System):
         The one that is known may be far below all eigenvalues here, but what was seen above them by chance.
         """
         ritz = [smallest_ritz_value(state) for state in states]
-        least = [ROUGH * least_curvature, *(SEEN * value for value in ritz)]
+        least = [ROUGH * jnp.minimum(least_curvature, self.least_curvature), *(SEEN * value for value in ritz)]
         least = reduce(jnp.minimum, (jnp.asarray(value, self.residual.dtype) for value in least))
         known = self.view.constants.strong_convexity
         return least if known is None else jnp.where(known > 0, jnp.maximum(known, least / DOUBT), least)
@@ -121,7 +151,7 @@ class SmoothSystem(System):
         return self.x, adjoint.q
 
     def distance(self, proven, corrected: bool):
-        """As proven where mu is known, else twice the length of a few CG steps on H d = gradient.
+        """As proven where mu is known, else the length of a few CG steps on H d = gradient, and what they leave.
 
         Lengths grow towards ||d|| with the steps (Steihaug 1983). It is ``proven``, or inf, where the Hessian is
         indefinite along the way. After a Newton step the proven one is far too large: then the smaller of the two.
@@ -130,8 +160,10 @@ class SmoothSystem(System):
             return (proven,), 0
         tol = NEWTON_RTOL * trees.norm(self.gradient)
         start = trees.zeros_like(self.gradient)
-        newton = conjugate_gradients(self.product, self.gradient, start, tol, DISTANCE_STEPS, zero_start=True)
-        estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, 2 * trees.norm(newton.x))
+        count = DISTANCE_STEPS
+        newton = conjugate_gradients(self.product, self.gradient, start, tol, count, zero_start=True, kept=count)
+        whole = trees.norm(newton.x) * (1 + distance_left(newton, self._modulus(jnp.inf, newton)))
+        estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, whole)
         return (jnp.minimum(estimate, proven),), newton.steps
 
     def norms(self, adjoint: Adjoint, error) -> Norms:
@@ -172,6 +204,10 @@ class SmoothSystem(System):
         return ()
 
 
+def _trusted(left, fine):
+    return jnp.where(fine & (left <= MOST_LEFT), left, jnp.inf)
+
+
 def unsolved(residual, products) -> SolveInfo:
     """Of an adjoint that was taken as it is."""
     zero = jnp.zeros((), jnp.int32)
@@ -194,12 +230,12 @@ class SmoothLower(Lower):
     def solve(self, view, x0, tol):
         solution = self.run(view, x0, tol)
         info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
-        return self._at(view, solution.x, info.residual), info
+        return self._at(view, solution.x, info.residual, self.solver.least_curvature(solution.state)), info
 
     def restore(self, view, x, kept) -> SmoothSystem:
         return self._at(view, x, None)
 
-    def _at(self, view, x, residual) -> SmoothSystem:
+    def _at(self, view, x, residual, least_curvature=math.inf) -> SmoothSystem:
         energy, gradient, product = view.linearize(x)
         return SmoothSystem(
             view=view,
@@ -210,6 +246,7 @@ class SmoothLower(Lower):
             residual=residual,
             linear_solver=self.linear_solver,
             max_products=self.max_products,
+            least_curvature=least_curvature,
         )
 
     def pairing(self, view, x, rest):

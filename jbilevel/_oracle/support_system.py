@@ -8,6 +8,7 @@ policy chooses which of them count as moving. Each choice is a limit of the deri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +134,7 @@ class SupportSystem(SmoothSystem):
             halfway=halfway,
             point=system.point(improved),
             left=left,
+            approach=None,
             evaluations=found.evaluations.plus(gradients=1),
         )
 
@@ -204,6 +206,7 @@ class SupportLower(Lower):
             residual=None,
             linear_solver=CG(),
             max_products=self.max_products,
+            least_curvature=math.inf,
             whole=view,
             linearized=linearized,
             step=kept,

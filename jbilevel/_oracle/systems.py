@@ -25,6 +25,14 @@ class Adjoint(NamedTuple):
     least_curvature: Any = math.inf  # an upper bound on the smallest eigenvalue of the system, where it is symmetric
 
 
+class Approach(NamedTuple):
+    """Steps from a computed x towards the exact one, which tell how far the loss moves on the way."""
+
+    halfway: Any
+    end: Any
+    left: Any  # distance from the end to the exact x, against that from x to the end; inf: unknown
+
+
 class Correction(NamedTuple):
     """What one inexact Newton step on the pair (x, q) gave."""
 
@@ -34,6 +42,8 @@ class Correction(NamedTuple):
     point: Any  # after all of them
     left: Any  # estimate of how large the error that is left is, against the one that was removed; inf: unknown
     evaluations: Work
+    rounding: Any = 0.0  # of the unknowns after the step, in units of how far it moved them
+    approach: Approach | None = None  # where these steps of x tell more than `System.distance`
 
 
 class System(Contract, abstract="System"):

@@ -64,8 +64,9 @@ class Oracle(AdjointOracle):
     and gradient (a kink, or a tolerance far too loose), the Hessian is indefinite or singular, or CG leaves more than
     eight times what it removed.
 
-    With strong_convexity, hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem, loss_smoothness here, and a
-    loss that does not read params, the result is certified: ``bound`` is proven (in exact arithmetic).
+    With strong_convexity and either ridges or hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem,
+    loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven (in exact
+    arithmetic). It is sharper with ``estimate``: the bound after a Newton correction, and how far that moved ``grad``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SmoothProblem(

@@ -44,8 +44,8 @@ class Oracle(AdjointOracle):
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
     ``adjoint_tol`` bounds the residual of the adjoint system. ``error`` is inf where the correction seems to leave more
     than half of the distance to the exact unknowns, for which more ``error_steps`` or smaller tolerances are the cure.
-    With both moduli, a norm and `SaddleConstants` in the problem, loss_smoothness here and a loss that does not read
-    params, ``bound`` is proven (in exact arithmetic).
+    With both moduli, a norm and either ridges or `SaddleConstants` in the problem, loss_smoothness here and a loss that
+    does not read params, ``bound`` is proven (in exact arithmetic), and sharper with ``estimate``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)

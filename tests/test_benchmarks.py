@@ -44,6 +44,7 @@ SCRIPTS = (
     "exports",
     "interruptions",
     "ridge",
+    "certificates",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",
     "papers/bogensperger_2024_tv_discretisation",
@@ -58,6 +59,7 @@ SCRIPTS = (
 # measured in double precision
 DOUBLE = {
     "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "interruptions",
+    "certificates",
     "papers/villacis_2025_regression",
 }  # fmt: skip
 QUICK = {

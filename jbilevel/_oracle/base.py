@@ -22,6 +22,7 @@ from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
+from jbilevel._oracle import batches
 from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
 from jbilevel._oracle.bounds import remaining, removed_and_left
@@ -57,6 +58,7 @@ class Sample(NamedTuple):
     estimate: Any = None  # of |value - shift - exact|; inf
     bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
     gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
+    corrected_bound: Any = None  # the same after a correction that is not returned; inf
     left: Any = None  # error that a Newton correction left, against the one that it removed; 0
 
     def __repr__(self) -> str:
@@ -72,6 +74,7 @@ class Sample(NamedTuple):
             "estimate": unknown,
             "bound": unknown,
             "gradient_bound": unknown,
+            "corrected_bound": unknown,
         }
         given = self._asdict()
         return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
@@ -175,7 +178,9 @@ class Oracle(Contract, abstract="jb.Oracle"):
         solution = jnp.where(jnp.isfinite(first.lower.error), first.lower.error, first.lower.residual)
         weight = weights(batch, sample_weight)
         counts = True if weight is None else weight > 0
-        return Scales(*(_finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual)))
+        return Scales(
+            *(batches.finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual))
+        )
 
     @own_settings
     def value(self, params, batch, warm=None, *, tol=None, sample_weight=None) -> Value:
@@ -320,12 +325,6 @@ def _products(oracle):
     return jax.default_matmul_precision(oracle.matmul_precision or jax.config.jax_default_matmul_precision)
 
 
-def _finite_mean(sizes):
-    """Mean without samples that are NaN, which no accuracy is meant for."""
-    finite = jnp.isfinite(sizes)
-    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
-
-
 def _like(warm, cold):
     """The warm start in the dtypes of the cold one: another would pull the whole solve with it."""
     if jax.tree.structure(warm) != jax.tree.structure(cold):
@@ -418,26 +417,15 @@ def _account(oracle, samples: Sample, weight):
     return samples, weight / jnp.sum(weight)
 
 
-def _mean(values, weight):
-    """Weighted mean without the samples of weight 0, NaN where no sample is left (their weights are 0/0)."""
-    mean = jnp.sum(jnp.where(weight > 0, weight * values, 0.0))
-    return jnp.where(jnp.isnan(jnp.sum(weight)), jnp.nan, mean)
-
-
-def _infinite_unless(finite, error):
-    """Nothing is known about the error of a mean that is NaN."""
-    return jnp.where(finite & ~jnp.isnan(error), error, jnp.inf)
-
-
 def _mean_value(oracle, samples: Sample, weight):
-    value, shift = _mean(samples.value, weight), _mean(samples.shift, weight)
-    estimate, bound = _mean(samples.estimate, weight), _mean(samples.bound, weight)
+    value, shift = batches.mean(samples.value, weight), batches.mean(samples.shift, weight)
+    estimate, bound = batches.mean(samples.estimate, weight), batches.mean(samples.bound, weight)
     finite = jnp.isfinite(value)
     rounding = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
-    estimate, bound = _infinite_unless(finite, estimate), _infinite_unless(finite, bound)
+    estimate, bound = batches.infinite_unless(finite, estimate), batches.infinite_unless(finite, bound)
     if oracle.correct:
         return value - shift, estimate + rounding, bound
-    return value, _infinite_unless(finite, jnp.abs(shift) + estimate + rounding), bound
+    return value, batches.infinite_unless(finite, jnp.abs(shift) + estimate + rounding), bound
 
 
 @partial(jax.jit, static_argnums=0)
@@ -465,8 +453,8 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
     finite = jnp.isfinite(value) & trees.all_finite(grad)
     samples = _blamed(samples, finite | ~jnp.isfinite(value))
-    error = _infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
-    bound = _infinite_unless(finite, _mean(samples.gradient_bound, weight))
+    error = batches.infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
+    bound = batches.infinite_unless(finite, _gradient_bound(oracle, total, samples, weight))
     return Hypergradient(
         value=value,
         values=samples.value - samples.shift if oracle.correct else samples.value,
@@ -480,6 +468,15 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         lower=samples.lower,
         adjoint=samples.adjoint,
     )
+
+
+def _gradient_bound(oracle, total: PullBackPoints, samples: Sample, weight):
+    """A correction that is not returned proves more than the plain bound: how far it is, and how far it may be off."""
+    bound = batches.mean(samples.gradient_bound, weight)
+    if not oracle.corrects or oracle.correct:
+        return bound
+    moved = trees.norm(trees.sub(total.corrected, total.plain))
+    return jnp.fmin(bound, moved.astype(bound.dtype) + batches.mean(samples.corrected_bound, weight))
 
 
 def _blamed(samples: Sample, fine) -> Sample:

@@ -148,3 +148,20 @@ def over_samples(function):
         return jax.tree.map(lambda leaf: leaf[None], function(*single))
 
     return run
+
+
+def finite_mean(sizes):
+    """Mean without samples that are NaN, which no accuracy is meant for."""
+    finite = jnp.isfinite(sizes)
+    return jnp.sum(jnp.where(finite, sizes, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
+
+
+def mean(values, weight):
+    """Weighted mean without the samples of weight 0, NaN where no sample is left (their weights are 0/0)."""
+    mean = jnp.sum(jnp.where(weight > 0, weight * values, 0.0))
+    return jnp.where(jnp.isnan(jnp.sum(weight)), jnp.nan, mean)
+
+
+def infinite_unless(finite, error):
+    """Nothing is known about the error of a mean that is NaN."""
+    return jnp.where(finite & ~jnp.isnan(error), error, jnp.inf)

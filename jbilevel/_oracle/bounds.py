@@ -36,6 +36,15 @@ class Blocks(NamedTuple):
     distances: Callable | None  # proven distances of the adjoint from its residuals; None where nothing is proven
     linear_mixed: Any = 0.0  # of `SaddleConstants`
     seen: Sequence[bool] = (True,)  # whether the loss reads the block
+    near: Near | None = None  # instead of the Lipschitz constants, where it is known
+
+
+class Near(NamedTuple):
+    """Bounds on what changes between the computed point and the exact one: see `jbilevel.regularizers.RidgeSum`."""
+
+    drift: tuple  # by block: what the residual of the computed adjoint in the exact system may have besides
+    second: Any  # |remainder| of the first-order expansion of the upper-level value
+    gradient: Callable  # (errors, residuals of the adjoint by block) -> of the indirect part of the hypergradient
 
 
 def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
@@ -50,10 +59,14 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
     |<(d K)[e] x, y>| <= J ||e|| ||x|| ||y|| contribute J (|y| E_x + (|X| + E_x) eps_y + |x| E_y + (|Y| + E_y) eps_x):
     (13), (14) and (16) of Bogensperger et al. 2024 without inverse Hessians, hence with smaller constants, and for
     parameters in the proxes too.
+
+    With `Near` the terms with L_H and L_J are what it says: an adjoint of the same residuals is e away from exact then.
     """
-    needed = [loss_smoothness, blocks.linear_mixed]
-    for c in blocks.constants:
-        needed += [c.hessian_lipschitz, c.mixed_lipschitz, c.mixed_norm]
+    needed = [loss_smoothness]
+    if blocks.near is None:
+        needed.append(blocks.linear_mixed)
+        for c in blocks.constants:
+            needed += [c.hessian_lipschitz, c.mixed_lipschitz, c.mixed_norm]
     first = norms.error[0]
     if blocks.distances is None or any(c is None for c in needed):
         return jnp.full_like(first, jnp.inf)
@@ -61,11 +74,18 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
         jnp.hypot, (e for e, seen in zip(norms.error, blocks.seen, strict=True) if seen)
     )
     rows = list(zip(blocks.constants, norms.adjoint, norms.error, strict=True))
+    if blocks.near is None:
+        drift = [c.hessian_lipschitz * q * error for c, q, error in rows]
+    else:
+        drift = blocks.near.drift
     adjoint_residuals = [
-        residual + (loss_gradient_error if seen else 0.0) + c.hessian_lipschitz * q * error
-        for (c, q, error), residual, seen in zip(rows, norms.residual, blocks.seen, strict=True)
+        residual + (loss_gradient_error if seen else 0.0) + moved
+        for residual, seen, moved in zip(norms.residual, blocks.seen, drift, strict=True)
     ]
     adjoint_errors = blocks.distances(*adjoint_residuals)
+    if blocks.near is not None:
+        bound = blocks.near.gradient(adjoint_errors, adjoint_residuals)
+        return jnp.where(jnp.isfinite(first), bound, jnp.inf).astype(first.dtype)
     bound = 0.0
     for (c, q, error), e in zip(rows, adjoint_errors, strict=True):
         bound += c.mixed_norm * e + c.mixed_lipschitz * error * (q + e)
@@ -110,7 +130,10 @@ def value_errors(
         read = [a if seen else 0.0 * a for a, seen in zip(loss_gradient, blocks.seen, strict=True)]
         direct = remainder(loss_smoothness, read, none, norms.error)
         lipschitz = [c.hessian_lipschitz for c in blocks.constants]
-        if None not in lipschitz:
+        if blocks.near is not None:
+            weighted = remainder(loss_smoothness, norms.residual, none, norms.error) + blocks.near.second
+            weighted = jnp.where(jnp.isfinite(norms.error[0]), weighted, jnp.inf).astype(shift.dtype)
+        elif None not in lipschitz:
             second = [b * q for b, q in zip(lipschitz, norms.adjoint, strict=True)]
             weighted = remainder(loss_smoothness, norms.residual, second, norms.error)
     first_order = jnp.abs(shift)

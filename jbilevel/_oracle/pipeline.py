@@ -98,6 +98,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         gradient = jax.grad(lambda x: self.loss(params, x, data))
         system, info, adjoint = self.lower.solve_both(view, gradient, warm, tol, adjoint_tol)
         points, left, approach = PullBackPoints(system.point(adjoint)), None, None
+        corrected_bound = None
         if self.corrects:
             newton = system.correct(gradient, adjoint, self.error_steps)
             left, approach = newton.left + newton.rounding * self.correct, newton.approach
@@ -110,22 +111,31 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
                 info = info._replace(error=view.error_bound(system.residual))
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
                 adjoint = newton.adjoint._replace(info=after)
+            else:
+                error = view.error_bound(newton.system.residual)
+                corrected_bound = self._proven(params, data, newton.system, newton.adjoint, error)[2]
         sample = self._report(params, data, view, system, adjoint, info)
         sample = sample if approach is None else self._seen(params, data, sample, approach)
-        return sample._replace(left=left), points
+        return sample._replace(left=left, corrected_bound=corrected_bound), points
+
+    def _proven(self, params, data, system: System, adjoint: Adjoint, error):
+        """(norms of a system and its adjoint, what is known of its blocks, proven bound on the error of z)."""
+        norms = system.norms(adjoint, error)
+        blocks = system.blocks(self.loss, params, data)._replace(near=system.near(adjoint, norms))
+        bound = gradient_bound(blocks, self.loss_smoothness, norms)
+        if depends_on(self.loss, params, system.x, data):  # the Lipschitz constant in params is not known
+            bound = jnp.full_like(bound, jnp.inf)
+        return norms, blocks, bound
 
     def _report(self, params, data, view, system: System, adjoint: Adjoint, info: SolveInfo) -> Sample:
         distances, products = system.distance(info.error, self.correct)
         info = info._replace(evaluations=info.evaluations.plus(products=products))
         value, loss_gradient = jax.value_and_grad(self.loss, 1)(params, system.x, data)
-        norms, shift = system.norms(adjoint, info.error), system.shift(adjoint)
-        blocks = system.blocks(self.loss, params, data)
+        norms, blocks, proven = self._proven(params, data, system, adjoint, info.error)
+        shift = system.shift(adjoint)
         parts = loss_gradient if len(blocks.seen) > 1 else (loss_gradient,)
         sizes = [trees.norm(part) for part in parts]
         errors = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, distances)
-        proven = gradient_bound(blocks, self.loss_smoothness, norms)
-        if depends_on(self.loss, params, system.x, data):  # the Lipschitz constant in params is not known
-            proven = jnp.full_like(proven, jnp.inf)
         bound = errors.bound_corrected if self.correct else errors.bound
         return Sample(
             value=value,

@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 from jbilevel._core import trees
 from jbilevel._core.results import Work
 from jbilevel._oracle import acceleration
-from jbilevel._oracle.bounds import Blocks, Norms, depends_on
+from jbilevel._oracle.bounds import Blocks, Near, Norms, depends_on
 from jbilevel._oracle.smooth_system import DISTANCE_STEPS, NEWTON_RTOL
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel._views.saddle import SaddleView
@@ -250,6 +250,35 @@ class SaddleSystem(System):
         sees_dual = depends_on(lambda y, x, data: loss(params, (x, y), data), self.x[1], self.x[0], data)
         distances = None if view.certified is False or not view.proven_norm else view.bounds
         return Blocks((constants.primal, constants.dual), distances, constants.linear_mixed, (True, sees_dual))
+
+    def near(self, adjoint: Adjoint, norms: Norms) -> Near | None:
+        """y is the gradient of the potentials b at v = (r - y)/sigma, and Y = A w with their Hessian A at v.
+
+        (X, Y) solves the system of the exact point, with the Hessian A' of b at K x_hat, up to its own residuals and
+        K*(A - A')w in the first equation, once Y is replaced by Y + (A' - A)w. The loss at the exact point is, apart
+        from residuals and its own second order, off by <w, (mean of A' on the way - A)(K x_hat - v)>.
+        """
+        ridges = self.view.known_ridges()
+        if ridges is None or self.view.certified is False:
+            return None
+        second = ridges.of_dual(self.subgradient[1])
+        y, product = (ridges.of_dual(pair[1]) for pair in (self.x, adjoint.q))
+        sigma, r, c = (ridges.of_dual(tree) for tree in (self.at.sigma, self.r, adjoint.parts[1][1]))
+        around = ridges.around((r - y) / sigma, c - product / sigma, norms.error[0], trees.norm(second))
+        (point, _), (q, _), (error, _) = norms.point, norms.adjoint, norms.error
+
+        def gradient(errors, residuals):
+            return around.gradient(
+                point=point,
+                adjoint=q,
+                error=error,
+                adjoint_error=errors[0],
+                direction_error=ridges.norm * errors[0] + residuals[1],
+                product_error=errors[1],
+            )
+
+        zero = jnp.zeros_like(error)
+        return Near(drift=(ridges.norm * around.change, zero), second=around.change * around.reach, gradient=gradient)
 
     def kept(self):
         return self.subgradient, self.norm

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Work
-from jbilevel._oracle.bounds import Blocks, Norms, ratio
+from jbilevel._oracle.bounds import Blocks, Near, Norms, ratio
 from jbilevel._oracle.systems import Adjoint, Approach, Correction, Lower, System
 from jbilevel.solvers.cg import distance_left, smallest_ritz_value
 from jbilevel.solvers.cg import iterate as conjugate_gradients
@@ -97,7 +97,8 @@ class SmoothSystem(System):
         solve = hessian.resume(first, steps, NEWTON_RTOL)
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
         before = trees.norm(adjoint_residual)
-        after = before * jnp.sqrt(solve.rr).astype(before.dtype)
+        # not that of conjugate gradients, which may be float32's: bounds are proven with it
+        after = trees.norm(trees.sub(loss_gradient_at(x), product(q)))
         moved = trees.norm(trees.sub(x, self.x)), jnp.sqrt(jnp.maximum(solve.dd, 0.0)) * before
         relative = [ratio(trees.norm(unknown), by) for unknown, by in zip((x, q), moved, strict=True)]
         energy, residual = jnp.where(better, energy, self.energy), trees.norm(gradient)
@@ -114,7 +115,7 @@ class SmoothSystem(System):
         fine = better & ~indefinite & (modulus > ROUNDING * trees.eps(self.x) * largest)
         left_x = _trusted(left_x + jnp.maximum(missed, 0.0), fine)
         left = jnp.maximum(left_x, _trusted(left_q, fine))
-        work = work.plus(gradients=2, products=newton.steps + solve.steps + 1)
+        work = work.plus(gradients=2, products=newton.steps + solve.steps + 2)
         system = replace(self, x=x, energy=energy, gradient=gradient, residual=residual)
         improved = adjoint._replace(q=q, residual=after)
         return Correction(
@@ -174,6 +175,30 @@ class SmoothSystem(System):
     def blocks(self, loss, params, data) -> Blocks:
         mu = self.view.constants.strong_convexity
         return Blocks((self.view.constants,), None if mu is None else lambda drift: (drift / mu,))
+
+    def near(self, adjoint: Adjoint, norms: Norms) -> Near | None:
+        """With H' the Hessian at x_hat, <d, H' d> <= R e for an adjoint that is d away, |d| <= e, of residual R there.
+
+        Hence ||A' L d||^2 <= c <L d, A' L d> <= c R e where the potentials, and so what else is in H', are convex.
+        """
+        ridges = self.view.known_ridges()
+        if ridges is None or self.view.constants.strong_convexity is None:
+            return None
+        (q,), (error,), point = norms.adjoint, norms.error, trees.norm(self.x)
+        around = ridges.around(ridges.linear(self.x), ridges.linear(adjoint.q), error)
+
+        def gradient(errors, residuals):
+            (e,), (residual,) = errors, residuals
+            return around.gradient(
+                point=point,
+                adjoint=q,
+                error=error,
+                adjoint_error=e,
+                direction_error=ridges.norm * e,
+                product_error=jnp.sqrt(around.curvature * residual * e) if ridges.convex else jnp.inf,
+            )
+
+        return Near(drift=(ridges.norm * around.change,), second=around.change * around.reach, gradient=gradient)
 
     def kept(self):
         return ()

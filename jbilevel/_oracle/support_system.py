@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jbilevel._core import trees
 from jbilevel._core.results import Status, acceptable
+from jbilevel._oracle.bounds import Norms
 from jbilevel._oracle.smooth_system import SmoothSystem
 from jbilevel._oracle.systems import Adjoint, Correction, Lower
 from jbilevel._views.weighted_l1 import SupportView, WeightedL1View
@@ -153,6 +154,10 @@ class SupportSystem(SmoothSystem):
     def distance(self, proven, corrected: bool):
         (likely,), spent = super().distance(proven, True)
         return (jnp.where(self.outside, jnp.inf, likely),), spent
+
+    def near(self, adjoint: Adjoint, norms: Norms) -> None:
+        """Nothing: the support itself may change nearby."""
+        return None
 
     def kept(self):
         return self.step

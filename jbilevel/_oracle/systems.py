@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Work
-from jbilevel._oracle.bounds import Blocks, Norms
+from jbilevel._oracle.bounds import Blocks, Near, Norms
 from jbilevel._views.base import Problem
 from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import Solution, run
@@ -87,6 +87,10 @@ class System(Contract, abstract="System"):
     @abstractmethod
     def blocks(self, loss, params, data) -> Blocks:
         """What is known of the blocks of x, and which of them the loss reads."""
+
+    def near(self, adjoint: Adjoint, norms: Norms) -> Near | None:
+        """What is known of the surroundings of x, sharper than the constants of `blocks`."""
+        return None
 
     @abstractmethod
     def kept(self) -> Any:

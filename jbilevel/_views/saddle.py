@@ -42,6 +42,7 @@ class SaddleView(View):
     scaling: Any = (1.0, 1.0)
     steps: Any = None  # (tau, sigma) that a solver has to use, where the proxes only hold for these
     constants: SaddleConstants = SaddleConstants()
+    ridges: Callable | None = None  # () -> `RidgeSum` of what is not quadratic, for certificates
     exact_adjoint: bool = True  # False: ``transpose`` is known to be rough, and is not tested
     linear_system: bool = False  # stop on the residual itself, as linear solves do, not on the error bound
 
@@ -53,6 +54,9 @@ class SaddleView(View):
         if self.mu_primal is None or self.mu_dual is None:
             return False
         return (jnp.asarray(self.mu_primal) > 0) & (jnp.asarray(self.mu_dual) > 0)
+
+    def known_ridges(self):
+        return None if self.ridges is None else self.ridges()
 
     def measure(self, first, second):
         """The residual that a solve reports, from the 2-norms (a, b) of an element of the operator T at (x, y).

@@ -50,10 +50,14 @@ class SmoothView(View):
     constants: Constants
     reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
     inputs: tuple | None = None  # (params, data), for preconditioners
+    ridges: Callable | None = None  # () -> `RidgeSum` of what is not quadratic, for certificates
 
     def single(self, x):
         """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""
         return None if self.reduced is None else self.reduced(x)
+
+    def known_ridges(self):
+        return None if self.ridges is None else self.ridges()
 
     def gradient(self, x):
         return trees.cast_like(jax.grad(self.value)(x), x)

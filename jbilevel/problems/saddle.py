@@ -43,6 +43,9 @@ class SaddleProblem(Problem):
       scaling: ``(params, data) -> (t, s)``, pytrees like x and y of positive numbers or arrays: steps are tau*t and
         sigma*s (block or diagonal preconditioning; Pock & Chambolle 2011), and norm bounds ||s^(1/2) K t^(1/2)||.
 
+      ridges: ``(params, data) -> jb.regularizers.RidgeSum`` (or None) of b with f* = b*, or f* = (quadratic of other
+        parts of y) + b*, for a quadratic g, neither of which has params: certificates then need no ``constants``.
+
     The unknown of a saddle problem is the pair (x, y): losses take it as their x. Parameters may sit anywhere, in K and
     in the proxes.
 
@@ -68,13 +71,14 @@ class SaddleProblem(Problem):
     transpose: Callable | None = None
     exact_adjoint: bool = True
     scaling: Callable | None = None
+    ridges: Callable | None = None
 
     view_type = SaddleView
 
     def __post_init__(self):
-        for name in ("linear", "prox_primal", "prox_dual", "init", "transpose", "scaling"):
+        for name in ("linear", "prox_primal", "prox_dual", "init", "transpose", "scaling", "ridges"):
             value = vars(self)[name]
-            if not callable(value) and not (value is None and name in ("transpose", "scaling")):
+            if not callable(value) and not (value is None and name in ("transpose", "scaling", "ridges")):
                 raise TypeError(f"SaddleProblem `{name}` must be a function, got {type(value).__name__}.")
         for name in ("mu_primal", "mu_dual", "norm"):
             value = vars(self)[name]
@@ -111,6 +115,7 @@ class SaddleProblem(Problem):
             norm=None,
             proven_norm=self.norm is not None,
             scaling=jax.lax.stop_gradient(scaling),
+            ridges=None if self.ridges is None else lambda: self.ridges(*jax.lax.stop_gradient((params, data))),
             exact_adjoint=self.exact_adjoint,
         )
         if self.norm is None:

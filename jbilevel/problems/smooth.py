@@ -38,6 +38,8 @@ class SmoothProblem(Problem):
       strong_convexity, smoothness: mu and L, numbers or ``(params, data) -> number``, or None where unknown. With mu
         the stop ``||grad||/mu <= tol`` is a true bound on ``||x - x_hat||``; a wrong mu makes that bound wrong.
       hessian_lipschitz, mixed_lipschitz, mixed_norm: used by certificates only, see `Constants`.
+      ridges: ``(params, data) -> jb.regularizers.RidgeSum`` (or None) of all of the energy that is not a quadratic
+        without params, for a plain array x: certificates then need no constants but ``strong_convexity``.
       mixed_precision: whether solves for a float64 x may take most of their steps in float32, with every residual that
         decides in float64; None: where x has at least 2^14 entries. Set False for an energy that float32 overflows.
 
@@ -62,11 +64,12 @@ class SmoothProblem(Problem):
     mixed_lipschitz: Constant = None
     mixed_norm: Constant = None
     mixed_precision: bool | None = None
+    ridges: Callable | None = None
 
     view_type = SmoothView
 
     def __post_init__(self):
-        for name in ("energy", "init"):
+        for name in ("energy", "init", *(("ridges",) if self.ridges is not None else ())):
             if not callable(vars(self)[name]):
                 raise TypeError(f"SmoothProblem `{name}` must be a function, got {type(vars(self)[name]).__name__}.")
         for name in Constants._fields:
@@ -89,7 +92,13 @@ class SmoothProblem(Problem):
     def view(self, params, data) -> SmoothView:
         constants = jax.lax.stop_gradient(self.constants(params, data))
         reduced = partial(self._single, params, data)
-        return SmoothView(lambda x: self.energy(params, x, data), constants, reduced, inputs=(params, data))
+        return SmoothView(
+            value=lambda x: self.energy(params, x, data),
+            constants=constants,
+            reduced=reduced,
+            inputs=(params, data),
+            ridges=None if self.ridges is None else lambda: self.ridges(*jax.lax.stop_gradient((params, data))),
+        )
 
     def _single(self, params, data, x):
         wanted = trees.size(x) >= MIXED_SIZE if self.mixed_precision is None else self.mixed_precision

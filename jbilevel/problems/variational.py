@@ -16,6 +16,7 @@ from jbilevel._core.constants import Constants
 from jbilevel.problems.saddle import SaddleProblem
 from jbilevel.problems.smooth import SmoothProblem
 from jbilevel.regularizers.base import Regularizer
+from jbilevel.regularizers.ridge_sum import RidgeSum
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 FORMS = ("smooth", "saddle")
@@ -108,6 +109,11 @@ class Variational:
             return Constants()
         shape = jnp.shape(self.measurement(data)) if self.operator is None else self._domain()
         return self.regularizer.bounds(params, shape)
+
+    def ridges(self, params, data) -> RidgeSum | None:
+        """What of the energy is not quadratic."""
+        shape = jnp.shape(self.measurement(data)) if self.operator is None else self._domain()
+        return self.regularizer.ridges(params, shape)
 
     def convexity(self):
         """Modulus of all but R, None where it is not known."""
@@ -214,6 +220,7 @@ def variational(
             name: _Constant(model, name) if bounded else None
             for name in ("hessian_lipschitz", "mixed_lipschitz", "mixed_norm")
         },
+        ridges=_Part(model.ridges),
     )
 
 
@@ -249,6 +256,13 @@ class SaddleForm:
         x, z = blocks.transpose(q)
         back = self.model.adjoint(_as_complex(y, self.model.measurement(data)))
         return _join(x + back, z)
+
+    def ridges(self, params, data) -> RidgeSum | None:
+        """What of the problem is not quadratic; None with a constraint, which is a kink, and where there is a z."""
+        if self.nonnegative or jax.tree.leaves(self.blocks(params).scaling()[0][1]):
+            return None
+        ridges = self.model.ridges(params, data)
+        return ridges.for_dual(lambda dual: dual[1]) if ridges is not None and self.dualised else ridges
 
     def prox_primal(self, params, v, step, data):
         """Of the ridge, the data term where it is not dualised, the constraint, and a(z)."""
@@ -323,6 +337,7 @@ def _saddle_problem(form: SaddleForm) -> SaddleProblem:
         norm=1.0,
         transpose=_Part(form.transpose),
         scaling=_Part(form.scaling),
+        ridges=_Part(form.ridges),
         exact_adjoint=_told(operator, "exact_adjoint") is not False,
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jbilevel._core.constants import Constants
 from jbilevel._core.contracts import Contract
+from jbilevel.regularizers.ridge_sum import RidgeSum
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 
@@ -60,6 +61,13 @@ class Regularizer(Contract, abstract="jb.Regularizer"):
     def saddle(self, params: Any) -> SaddleBlocks:
         """R(x) = min_z max_q <L(x, z), q> + a(z) - b*(q), for primal-dual methods."""
         raise ValueError(f"{type(self).__name__} has no saddle form (no method `saddle`); use form='smooth'.")
+
+    def ridges(self, params: Any, shape: tuple[int, ...]) -> RidgeSum | None:
+        """The energy at params as a `RidgeSum`, for images of this shape; None where it is none.
+
+        With it, hypergradients are certified where `bounds` knows no Lipschitz constants, and more sharply elsewhere.
+        """
+        return None
 
     def check(self, params: Any) -> None:
         """Refuse params of another structure or with wrong values, while these are concrete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import jax
@@ -14,6 +15,7 @@ from jbilevel.regularizers import filters as banks
 from jbilevel.regularizers.base import Regularizer, given_key
 from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import potential_named
+from jbilevel.regularizers.ridge_sum import RidgeSum, RidgeTerm
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 _CONJUGATES = {
@@ -114,7 +116,7 @@ class FoE(Regularizer):
         With h'' <= c and |h'''| <= T: sum_pixels |c_i * v|^3 <= ||c_i||_2 ||v|| sum_pixels |c_i * v|^2, so the second
         is T sup_w sum_i (e^{theta_0 + w_i}/nu_i^2) ||c_i||_2 |c_i^(w)|^2, None for a potential whose h'' jumps. A
         symmetric extension multiplies ||x||^2 by up to 4. The mixed derivative d/dc_i grad_x R grows with x: its
-        constants are None.
+        constants are None, and certificates use `ridges`.
         """
         self.check(params)
         require_image("FoE", shape, least=self.size)
@@ -166,6 +168,28 @@ class FoE(Regularizer):
             start=start,
             scaling=lambda: ((1.0, ()), 1 / bank.norm_squared()),
             mu_dual=jnp.min(widths / weights),
+        )
+
+    def ridges(self, params, shape) -> RidgeSum:
+        """Filters in L: ||c * z|| <= ||c||_1 ||z|| <= size ||c||_2 ||z|| bounds what a change of them does."""
+        self.check(params)
+        require_image("FoE", shape, least=self.size)
+        weights, smoothing = (v[:, None, None] for v in self.weights(params))
+        by_filter = (lambda groups: jnp.sum(groups, axis=(1, 2)),)
+        term = RidgeTerm(
+            potential=potential_named(self.potential),
+            weights=weights,
+            widths=smoothing,
+            weight_pools=by_filter + ((jnp.sum,) if self.overall_weight else ()),
+            width_pools=by_filter,
+        )
+        bank, grown = banks.Bank(params["filters"][:, None], self.boundary), math.sqrt(banks.copies(self.boundary))
+        return RidgeSum(
+            linear=lambda x: bank.linear(x[None]),
+            terms=(term,),
+            norm=jnp.sqrt(bank.norm_squared()),
+            rows=grown * jnp.linalg.norm(params["filters"], axis=(1, 2))[:, None, None],
+            mixed=grown * self.size,
         )
 
     def project(self, params):

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-class Potential(NamedTuple):
+@dataclass(frozen=True)
+class Potential:
     """A convex h with |h'| <= 1 and 0 <= h'' <= curvature; w h(t/w) is the same potential smoothed over a width w.
 
     w h(t/w) has |h'| <= 1, 0 <= h'' <= curvature/w and |h'''| <= third/w^2. third is None where h'' jumps: then the
     energy is only piecewise twice differentiable and its Hessian has no Lipschitz constant.
+
+    third_near(t, r) bounds |h'''| at distance r of t at most, kinks apart; third_near_radial the norm of the third
+    derivative of v -> h(|v|) likewise, for |v| >= 0 within r of t; None where that is not used. A symmetric trilinear
+    form attains its norm on the diagonal (Banach 1938).
     """
 
     value: Callable
     curvature: float
     third: float | None
     increasing: bool = False  # h' >= 0, as convexity of a composition asks for
+    _: KW_ONLY
+    third_near: Callable
+    third_near_radial: Callable | None = None
+    kinks: tuple[float, ...] = ()  # where h'' jumps
+    flux: float = 1.0  # sup |t h''(t)|
 
 
 def _twice_differentiable(h, first, second):
@@ -104,13 +115,63 @@ _smoothstep = _twice_differentiable(
     _smoothstep_value, _smoothstep_slope, lambda t: 6 * _one_side(t) * (1 - _one_side(t))
 )
 
+# ---- third derivatives near a point --------------------------------------------------------------------------------
+
+
+def _root_third(t, r):
+    """Of 3t/(1 + t^2)^(5/2), which grows up to t = 1/2 and falls beyond: at the point within reach nearest to that."""
+    u = _within_reach(t, r)
+    return 3 * u * lax.rsqrt(1 + u * u) ** 5
+
+
+def _root_third_radial(t, r):
+    """Along a unit vector at <v, u> = a: 3a (1 + |v|^2 - a^2)/(1 + |v|^2)^(5/2), whose largest a <= |v| is sqrt((1 +
+    |v|^2)/3) or |v|; it too grows up to |v| = 1/2 and falls beyond."""
+    u = _within_reach(t, r)
+    far = 2 / math.sqrt(3) / (1 + u * u)
+    return jnp.where(u * u < 0.5, 3 * u * lax.rsqrt(1 + u * u) ** 5, far)
+
+
+def _within_reach(t, r):
+    t = jnp.abs(t)
+    return jnp.clip(0.5, jnp.maximum(t - r, 0.0), t + r)
+
+
+def _huber_third_radial(t, r):
+    """Of |v|, where |v| > 1: 2/sqrt(3)/|v|^2."""
+    return jnp.where(t + r > 1, 2 / math.sqrt(3) / jnp.maximum(t - r, 1.0) ** 2, 0.0)
+
+
+def _spline_third(t, r):
+    t = jnp.abs(t)
+    return jnp.where(t - r <= _KNOT, 2 * jnp.minimum(t + r, _KNOT) / _KNOT**2, 0.0)
+
+
+def _smoothstep_third(t, r):
+    """|6 - 12 t| on (0, 1) is largest where t is nearest to an end."""
+    low, high = jnp.clip(t - r, 0.0, 1.0), jnp.clip(t + r, 0.0, 1.0)
+    largest = jnp.maximum(jnp.abs(6 - 12 * low), jnp.abs(6 - 12 * high))
+    return jnp.where((t + r >= 0) & (t - r <= 1), largest, 0.0)
+
+
+def _none(t, r):
+    return jnp.zeros_like(t)
+
+
 POTENTIALS = {
-    # sup |h'''| of the root is met at t = 1/2
-    "root": Potential(_root, 1.0, 1.5 / 1.25**2.5),
-    "huber": Potential(_huber, 1.0, None),
-    "spline": Potential(_spline, 1.0, 2 / _KNOT),
-    "psi": Potential(_psi, 1.0, None, increasing=True),
-    "smoothstep": Potential(_smoothstep, 1.5, 6.0, increasing=True),
+    # sup |h'''| of the root is met at t = 1/2, that of t h'' at 1/sqrt(2)
+    "root": Potential(
+        _root,
+        1.0,
+        1.5 / 1.25**2.5,
+        third_near=_root_third,
+        third_near_radial=_root_third_radial,
+        flux=math.sqrt(0.5) / 1.5**1.5,
+    ),
+    "huber": Potential(_huber, 1.0, None, third_near=_none, third_near_radial=_huber_third_radial, kinks=(-1.0, 1.0)),
+    "spline": Potential(_spline, 1.0, 2 / _KNOT, third_near=_spline_third, flux=2 * _KNOT / 3**1.5),
+    "psi": Potential(_psi, 1.0, None, increasing=True, third_near=_none, kinks=(0.0, 1.0)),
+    "smoothstep": Potential(_smoothstep, 1.5, 6.0, increasing=True, third_near=_smoothstep_third, flux=8 / 9),
 }
 
 

@@ -13,6 +13,7 @@ from jbilevel.regularizers import filters as banks
 from jbilevel.regularizers.base import Regularizer, given_key
 from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import potential_named
+from jbilevel.regularizers.ridge_sum import RidgeSum, RidgeTerm
 
 _SYMMETRIC_POTENTIALS = ("spline", "huber", "root")
 
@@ -131,8 +132,8 @@ class CRR(Regularizer):
         """-rho e^a <= Hessian <= e^a max(e^b, rho), and the Hessian's Lipschitz constant.
 
         The latter is e^{a + s} T (e^{2b} + rho) max_i e^{k_i} ||w_i||_2 with |h'''| <= T and w_i the filters (on the
-        extended image): sum |W v|^3 <= max |W v| ||W v||^2. None for "huber", whose h'' jumps. Constants of the mixed
-        derivative, which runs through the normalisation, are not known: None.
+        extended image): sum |W v|^3 <= max |W v| ||W v||^2. None for "huber", whose h'' jumps. The mixed derivative
+        grows with x: its constants are None, and certificates use `ridges`.
         """
         self.check(params)
         require_image(type(self).__name__, shape, least=self.filter_size)
@@ -148,6 +149,51 @@ class CRR(Regularizer):
             smoothness=weight * jnp.maximum(slope, rho),
             hessian_lipschitz=hessian_lipschitz,
         )
+
+    def ridges(self, params, shape) -> RidgeSum:
+        """The convex and the concave part are a term each: their changes add up.
+
+        Through the normalisation W = C/n, n^2 = copies S with S the bound on the spectrum, ||dC/n|| and ||W|| |dn/n|
+        are at most D/sqrt(S) and f D/sqrt(S), where D bounds sup_w ||dC^(w)|| and f^2 is what S exceeds its samples by.
+        D is the sum over the layers of ||dK^(w)|| <= k ||dK|| times the norms of the other layers, k their side.
+        """
+        self.check(params)
+        require_image(type(self).__name__, shape, least=self.filter_size)
+        scalings = (params["log_scale"] + params["log_scalings"])[:, None, None]
+        weights, slope = jnp.exp(params["log_weight"] - scalings), jnp.exp(params["log_slope"])
+        potential, rho = potential_named(self.potential), self.weak_convexity
+        by_filter = lambda groups: jnp.sum(groups, axis=(1, 2))  # noqa: E731
+        # log W = a - s - k_i and log nu = -b - s - k_i, without b in the concave part; signs do not matter to norms
+        pools = {"potential": potential, "weight_pools": (jnp.sum, jnp.sum, by_filter)}
+        terms = [
+            RidgeTerm(
+                weights=weights, widths=jnp.exp(-scalings) / slope, width_pools=(jnp.sum, jnp.sum, by_filter), **pools
+            )
+        ]
+        if rho:
+            terms += [
+                RidgeTerm(weights=rho * weights, widths=jnp.exp(-scalings), width_pools=(jnp.sum, by_filter), **pools)
+            ]
+        bank = banks.Bank(self.filters(params)[:, None], self.boundary)
+        return RidgeSum(
+            linear=lambda x: bank.linear(x[None]),
+            terms=tuple(terms),
+            norm=1.0,
+            rows=math.sqrt(banks.copies(self.boundary))
+            * jnp.linalg.norm(bank.kernels[:, 0], axis=(1, 2))[:, None, None],
+            mixed=self._filter_sensitivity(params),
+            convex=not rho,
+        )
+
+    def _filter_sensitivity(self, params):
+        """Bound on ||(d_kernels W)[e]|| for ||e|| = 1."""
+        first, *rest = params["kernels"]
+        layers = [banks.zero_mean(first), *rest]
+        norms = [jnp.linalg.norm(jnp.sum(jnp.abs(layer), axis=(2, 3)), 2) for layer in layers]
+        others = [math.prod(norms[:n] + norms[n + 1 :], start=1.0) * size for n, size in enumerate(self.sizes)]
+        spectrum = banks.spectral_bound(banks.compose(layers))
+        excess = 1 / math.cos(math.pi / 16)  # `spectral_bound` samples 16 times per period at least
+        return (1 + excess) * jnp.sqrt(sum(d**2 for d in others) / spectrum)
 
 
 @dataclass(frozen=True, kw_only=True)

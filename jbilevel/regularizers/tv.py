@@ -14,6 +14,7 @@ from jbilevel.operators.differences import Gradient, forward_difference
 from jbilevel.regularizers.base import Regularizer, require_theta
 from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import POTENTIALS
+from jbilevel.regularizers.ridge_sum import RidgeSum, RidgeTerm
 from jbilevel.regularizers.saddle_blocks import SaddleBlocks
 
 # sup_t t / (t^2 + 1)^(3/2), at t = 1/sqrt(2): derivative of the flux with respect to log eps
@@ -135,6 +136,17 @@ class SmoothedTV(Regularizer):
 
         return _difference_blocks("SmoothedTV", prox_dual, channels=self.channels, mu_dual=eps / weight)
 
+    def ridges(self, params, shape) -> RidgeSum:
+        require_image("SmoothedTV", shape, channels=self.channels)
+        weight, eps = self.scales(params)
+        axis = ((0, 1) if self._joint else (0,)) if self.kind == "isotropic" else ((1,) if self._joint else None)
+        pools = (jnp.sum,)
+        widths = pools if self.eps is None else ()
+        term = RidgeTerm(
+            potential=POTENTIALS["root"], weights=weight, widths=eps, axis=axis, weight_pools=pools, width_pools=widths
+        )
+        return _difference_ridges("SmoothedTV", term, pair=self.kind == "isotropic", channels=self.channels)
+
     def project(self, params):
         """Nearest theta with eps_min <= eps <= eps_max (pass as ``projection=`` to a method)."""
         if self.eps is not None:
@@ -195,6 +207,26 @@ class TV(Regularizer):
             return prox.ball(v, weight, axis=0)
 
         return _difference_blocks("TV", prox_dual, mu_dual=self.width / weight if self.width else 0.0)
+
+    def ridges(self, params, shape) -> RidgeSum | None:
+        """None with ``width=0``: the energy is not differentiable."""
+        self.check(params)
+        require_image("TV", shape)
+        if not self.width:
+            return None
+        weight = jnp.exp(params[0])
+        width = jnp.asarray(self.width, weight.dtype)
+        term = RidgeTerm(
+            potential=POTENTIALS["huber"], weights=weight, widths=width, axis=(0,), weight_pools=(jnp.sum,)
+        )
+        return _difference_ridges("TV", term)
+
+
+def _difference_ridges(name: str, term: RidgeTerm, *, pair: bool = True, channels: int | None = None) -> RidgeSum:
+    """Of the differences along the last two axes, both of a pixel (of norm sqrt(3)) or each (sqrt(2)) in a group."""
+    rows = np.sqrt(3.0 if pair else 2.0).item()
+    linear = _difference_blocks(name, None, mu_dual=0.0, channels=channels).linear
+    return RidgeSum(linear=lambda x: linear(x, ()), terms=(term,), norm=np.sqrt(8.0).item(), rows=rows)
 
 
 def _difference_blocks(name: str, prox_dual, *, mu_dual, channels: int | None = None) -> SaddleBlocks:

@@ -13,6 +13,7 @@ from jbilevel.operators.differences import forward_difference
 from jbilevel.regularizers.base import Regularizer, require_theta
 from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import POTENTIALS
+from jbilevel.regularizers.ridge_sum import RidgeSum, RidgeTerm
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ class WeightedTV(Regularizer):
             mixed_lipschitz=smoothness,
             mixed_norm=math.sqrt(8.0) * weight * jnp.sqrt(sums[0] * sums[1]),
         )
+
+    def ridges(self, params, shape) -> RidgeSum:
+        self.check(params)
+        self._require(shape)
+        interpolate = lambda theta: jax.image.resize(theta, shape, "linear")  # noqa: E731
+        transposed = jax.linear_transpose(interpolate, jax.ShapeDtypeStruct(self.grid, jnp.result_type(params)))
+        term = RidgeTerm(
+            potential=POTENTIALS["root"],
+            weights=self.weights(params, shape),
+            widths=jnp.asarray(self.eps, jnp.result_type(params)),
+            axis=(0,),
+            weight_pools=(lambda groups: transposed(groups)[0],),
+        )
+        linear = lambda x: jnp.stack([forward_difference(x, axis) for axis in (0, 1)])  # noqa: E731
+        return RidgeSum(linear=linear, terms=(term,), norm=math.sqrt(8.0), rows=math.sqrt(3.0))
 
 
 def _interpolation(n: int, m: int):

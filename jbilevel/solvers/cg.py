@@ -208,6 +208,7 @@ def distance_left(state: CGState, modulus):
     sqrt(modulus) at most. inf where the modulus is not below what was seen.
     """
     alphas, betas = state.steps_taken
+    modulus = jnp.asarray(modulus, alphas.dtype)  # the steps may be those of a float32 solve
 
     def extend(radau, step):
         index, alpha, beta = step

@@ -23,6 +23,12 @@ class RidgeTerm:
       axis: the axes of v that a group takes together by their 2-norm; None: each entry, with its sign, is a group.
       weight_pools: how params see the groups: linear maps P' from arrays over groups to one part of the params each,
         with d(log W) = P d(part), P >= 0 and rows of P that sum to at most 1. width_pools: likewise for log nu.
+
+    >>> import jax.numpy as jnp, jbilevel as jb
+    >>> R = jb.regularizers.SmoothedTV(eps=0.1)
+    >>> term = R.ridges(R.init(weight=0.5), (8, 8)).terms[0]
+    >>> float(term.weights), term.axis  # of pairs of differences
+    (0.5, (0,))
     """
 
     potential: Potential

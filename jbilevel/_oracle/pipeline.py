@@ -17,7 +17,7 @@ from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.systems import Adjoint, Lower, System
-from jbilevel._views.base import Problem
+from jbilevel._views.base import UNITS, Problem
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
             if self.correct:
                 system = newton.system
                 info = _corrected(info, system.residual, tol * view.tolerance_scale)
-                info = info._replace(error=view.error_bound(system.residual))
+                info = info._replace(error=view.error_bound(system.unrounded()))
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
                 adjoint = newton.adjoint._replace(info=after)
         sample = self._report(params, data, view, system, adjoint, info)
@@ -121,8 +121,9 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         blocks = system.blocks(self.loss, params, data)
         parts = loss_gradient if len(blocks.seen) > 1 else (loss_gradient,)
         sizes = [trees.norm(part) for part in parts]
-        errors = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, distances)
-        proven = gradient_bound(blocks, self.loss_smoothness, norms)
+        unit = UNITS * trees.eps((params, system.x))
+        errors = value_errors(blocks, self.loss_smoothness, value, sizes, shift, norms, distances, unit)
+        proven = gradient_bound(blocks, self.loss_smoothness, norms, unit)
         if depends_on(self.loss, params, system.x, data):  # the Lipschitz constant in params is not known
             proven = jnp.full_like(proven, jnp.inf)
         bound = errors.bound_corrected if self.correct else errors.bound
@@ -134,7 +135,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
             gradient_bound=jnp.asarray(proven, bound.dtype),
             warm=Warm(system.x, adjoint.q),
             lower=info,
-            adjoint=adjoint.info._replace(error=view.error_bound(adjoint.info.residual)),
+            adjoint=adjoint.info._replace(error=view.error_bound(system.unrounded_adjoint(adjoint))),
         )
 
     def surrogate(self, params, data, point):

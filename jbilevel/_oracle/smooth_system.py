@@ -37,6 +37,7 @@ class SmoothSystem(System):
     gradient: Any
     product: Callable
     residual: Any
+    curvature: Any  # the largest that the solver met
     linear_solver: LinearSolver
     max_products: int
 
@@ -109,8 +110,20 @@ class SmoothSystem(System):
         estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, 2 * trees.norm(newton.x))
         return (jnp.minimum(estimate, proven),), newton.steps
 
+    def unrounded(self):
+        return self.view.unrounded(self.residual, self.x, self.curvature, self.energy)
+
+    def unrounded_adjoint(self, adjoint: Adjoint):
+        return self.view.unrounded(adjoint.residual, adjoint.q, self.curvature)
+
     def norms(self, adjoint: Adjoint, error) -> Norms:
-        return Norms((), (trees.norm(adjoint.q),), (adjoint.residual,), (error,))
+        return Norms(
+            point=(trees.norm(self.x),),
+            adjoint=(trees.norm(adjoint.q),),
+            residual=(self.unrounded_adjoint(adjoint),),
+            error=(error,),
+            rounding=(self.unrounded() - self.residual,),
+        )
 
     def shift(self, adjoint: Adjoint):
         return trees.dot(adjoint.q, self.gradient)
@@ -145,12 +158,12 @@ class SmoothLower(Lower):
     def solve(self, view, x0, tol):
         solution = self.run(view, x0, tol)
         info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
-        return self._at(view, solution.x, info.residual), info
+        return self._at(view, solution.x, info.residual, solution.state.curvature), info
 
     def restore(self, view, x, kept) -> SmoothSystem:
-        return self._at(view, x, None)
+        return self._at(view, x, None, None)
 
-    def _at(self, view, x, residual) -> SmoothSystem:
+    def _at(self, view, x, residual, curvature) -> SmoothSystem:
         energy, gradient, product = view.linearize(x)
         return SmoothSystem(
             view=view,
@@ -159,6 +172,7 @@ class SmoothLower(Lower):
             gradient=gradient,
             product=product,
             residual=residual,
+            curvature=curvature,
             linear_solver=self.linear_solver,
             max_products=self.max_products,
         )

@@ -197,6 +197,7 @@ class SupportLower(Lower):
             gradient=gradient,
             product=product,
             residual=None,
+            curvature=1 / kept,
             linear_solver=CG(),
             max_products=self.max_products,
             whole=view,

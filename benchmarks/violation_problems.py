@@ -429,13 +429,13 @@ def _given(p, d):
 
 
 FAMILIES = {
-    "quadratic": Family(_quadratic(_given), draw_quadratic, exact_quadratic, (2, 5, 20, 60, 200)),
-    "quadratic, L unknown": Family(_quadratic(None), draw_quadratic, exact_quadratic, (5, 60)),
-    "ridge, log cosh": Family(_ridge(log_cosh, THIRD), draw_ridge, EXACT_LOG_COSH, (3, 20)),
-    "ridge, psi": Family(_ridge(huber, None), draw_ridge, EXACT_HUBER, (3, 20)),
-    "smoothed TV": Family(TV, draw_tv, exact_tv, (4, 8)),
-    "saddle": Family(SADDLE, draw_saddle, exact_saddle, (3, 12)),
-    "saddle, bounded dual": Family(BOUNDED, draw_bounded, exact_bounded, (3, 12)),
-    "weighted l1": Family(_lasso(_given), draw_lasso, exact_lasso, (4, 20)),
-    "weighted l1, L unknown": Family(_lasso(None), draw_lasso, exact_lasso, (10,)),
+    "quadratic": Family(_quadratic(_given), draw_quadratic, exact_quadratic, (2, 20, 200)),
+    "quadratic, L unknown": Family(_quadratic(None), draw_quadratic, exact_quadratic, (20,)),
+    "ridge, log cosh": Family(_ridge(log_cosh, THIRD), draw_ridge, EXACT_LOG_COSH, (12,)),
+    "ridge, psi": Family(_ridge(huber, None), draw_ridge, EXACT_HUBER, (12,)),
+    "smoothed TV": Family(TV, draw_tv, exact_tv, (6,)),
+    "saddle": Family(SADDLE, draw_saddle, exact_saddle, (6,)),
+    "saddle, bounded dual": Family(BOUNDED, draw_bounded, exact_bounded, (6,)),
+    "weighted l1": Family(_lasso(_given), draw_lasso, exact_lasso, (12,)),
+    "weighted l1, L unknown": Family(_lasso(None), draw_lasso, exact_lasso, (12,)),
 }

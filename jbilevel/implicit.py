@@ -59,7 +59,7 @@ class Oracle(AdjointOracle):
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_products: limits of the two solves.
 
     With strong_convexity, hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem, loss_smoothness here, and a
-    loss that does not read params, the result is certified: ``bound`` is proven (in exact arithmetic).
+    loss that does not read params, the result is certified: ``bound`` is proven, rounding included.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SmoothProblem(

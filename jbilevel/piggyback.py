@@ -43,7 +43,7 @@ class Oracle(AdjointOracle):
 
     ``tol`` bounds ``||x - x_hat||_2`` per sample where both moduli are known, else the residual (see `PDHG`);
     ``adjoint_tol`` bounds the residual of the adjoint system. With both moduli, a norm and `SaddleConstants` in the
-    problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven (in exact arithmetic).
+    problem, loss_smoothness here and a loss that does not read params, ``bound`` is proven, rounding included.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)

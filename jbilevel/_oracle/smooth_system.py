@@ -136,6 +136,14 @@ class SmoothSystem(System):
         return ()
 
 
+def largest_curvature(product, x):
+    """A lower bound of the largest eigenvalue of a Hessian, most often within a factor of two: ||H H v||/||H v|| for a
+    fixed random vector v."""
+    first = product(trees.random_like(x, 0))
+    size = trees.norm(first)
+    return jnp.where(size > 0, trees.norm(product(first)) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
 def unsolved(residual, products) -> SolveInfo:
     """Of an adjoint that was taken as it is."""
     zero = jnp.zeros((), jnp.int32)
@@ -158,7 +166,13 @@ class SmoothLower(Lower):
     def solve(self, view, x0, tol):
         solution = self.run(view, x0, tol)
         info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
-        return self._at(view, solution.x, info.residual, solution.state.curvature), info
+        system = self._at(view, solution.x, info.residual, solution.state.curvature)
+        if view.constants.smoothness is not None or view.constants.strong_convexity is None:
+            return system, info
+        # a warm solve may have met no curvature at all
+        system = replace(system, curvature=jnp.maximum(system.curvature, largest_curvature(system.product, system.x)))
+        error = view.error_bound(system.unrounded())
+        return system, info._replace(error=error, evaluations=info.evaluations.plus(products=2))
 
     def restore(self, view, x, kept) -> SmoothSystem:
         return self._at(view, x, None, None)

@@ -65,8 +65,8 @@ class Oracle(AdjointOracle):
     eight times what it removed.
 
     With strong_convexity and either ridges or hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem,
-    loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven (in exact
-    arithmetic). It is sharper with ``estimate``: the bound after a Newton correction, and how far that moved ``grad``.
+    loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven, rounding
+    included. It is sharper with ``estimate``: the bound after a Newton correction, and how far that moved ``grad``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SmoothProblem(

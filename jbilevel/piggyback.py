@@ -45,7 +45,7 @@ class Oracle(AdjointOracle):
     ``adjoint_tol`` bounds the residual of the adjoint system. ``error`` is inf where the correction seems to leave more
     than half of the distance to the exact unknowns, for which more ``error_steps`` or smaller tolerances are the cure.
     With both moduli, a norm and either ridges or `SaddleConstants` in the problem, loss_smoothness here and a loss that
-    does not read params, ``bound`` is proven (in exact arithmetic), and sharper with ``estimate``.
+    does not read params, ``bound`` is proven, rounding included, and sharper with ``estimate``.
 
     >>> import jax.numpy as jnp, jbilevel as jb
     >>> ridge = jb.SaddleProblem(  # x_hat = d/(1 + p), as 1/2 |x - d|^2 + max_y <x, y> - |y|^2/(2 p)

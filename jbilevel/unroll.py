@@ -89,7 +89,7 @@ class Oracle(ForwardOracle):
         status = jnp.where(state.residual <= target, Status.CONVERGED, Status.MAX_STEPS)
         status = jnp.where(jnp.isfinite(state.residual), status, Status.NONFINITE).astype(jnp.int32)
         steps = jnp.asarray(self.steps, jnp.int32)
-        error = view.error_bound(state.residual)
+        error = view.error_bound(self.solver.unrounded(view, state))
         lower = SolveInfo(
             status=status, steps=steps, residual=state.residual, error=error, evaluations=state.evaluations
         )

@@ -150,8 +150,8 @@ def proven(constants, smoothness, error, residual):
     mu = constants.strong_convexity
     blocks = bounds.Blocks((constants,), None if mu is None else lambda drift: (drift / mu,))
     one = jnp.asarray(1.0)
-    norms = bounds.Norms((one,), (one,), (jnp.asarray(residual),), (jnp.asarray(error),))
-    return bounds.gradient_bound(blocks, smoothness, norms)
+    norms = bounds.Norms((one,), (one,), (jnp.asarray(residual),), (jnp.asarray(error),), (0.0 * one,))
+    return bounds.gradient_bound(blocks, smoothness, norms, 0.0)
 
 
 @pytest.mark.parametrize("missing", ["strong_convexity", "hessian_lipschitz", "mixed_lipschitz", "mixed_norm", "loss"])

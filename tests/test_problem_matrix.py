@@ -114,9 +114,10 @@ def test_the_default_solver_finds_the_solution_and_tells_how_far_it_is(name):
         jb.check(info, strict=True)
         away = np.linalg.norm(picture(problem, x) - exact)
         assert info.residual <= tol * view.tolerance_scale
-        assert float(info.error) == pytest.approx(float(view.error_bound(info.residual)), rel=1e-12)
-        if problem.lacks() is None:
-            assert away <= info.error + 1e-13 and info.error <= tol * (1 + 1e-12)
+        bound = float(view.error_bound(info.residual))
+        if problem.lacks() is None:  # rounding apart, which is far below these tolerances
+            assert away <= info.error + 1e-13 and bound <= tol * (1 + 1e-12)
+            assert bound <= float(info.error) <= bound + 1e-2 * TIGHT
         else:
             assert np.isposinf(info.error)
         if kind.residual is not None:

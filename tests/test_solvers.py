@@ -119,7 +119,7 @@ def test_the_error_bound_holds(solver, name):
         x, info = solve(case, solver, tol=tol, max_steps=20_000)
         assert info.status == Status.CONVERGED
         assert np.linalg.norm(flat(x) - exact) <= float(info.error) + 1e-12
-        assert float(info.error) <= tol * (1 + 1e-12)
+        assert float(info.error) <= tol * (1 + 1e-12) + 1e-12  # of rounding
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])

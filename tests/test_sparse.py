@@ -159,7 +159,7 @@ def test_unpenalised_entries_and_the_all_zero_solution():
     a = data["A"][:, 0]
     np.testing.assert_allclose(x, jnp.zeros(10).at[0].set(a @ data["b"] / (a @ a + RIDGE)), atol=1e-9)
     x, info = solve(NET, jnp.full(10, 10.0), data)
-    assert not np.any(x) and info.error == 0
+    assert not np.any(x) and info.error < 1e-9  # the rounding of a gradient that is far from the kink
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ class SolveInfo(NamedTuple):
     """How one solve ended. Every field has a leading batch axis when the solve was batched.
 
     status: int32 code of `Status`; steps: int32; residual: final residual norm;
-    error: proven bound on ||x - x_hat||_2, inf where none is known; evaluations: `Work`.
+    error: proven bound on ||x - x_hat||_2 for the unrounded x_hat of the problem as it is stored, inf where none is
+    known (by rounding, `jb.View.unrounded`, it may exceed a tolerance that was met); evaluations: `Work`.
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> info = jb.SolveInfo.exact(jnp.ones(2))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import add
+from operator import add, mul
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +21,14 @@ SAFETY = 2.0
 
 
 class Norms(NamedTuple):
-    """2-norms of the blocks of an inexact solution, its adjoint, the adjoint's residual, and proven distances."""
+    """2-norms of the blocks of an inexact solution x and its adjoint q, with what is proven of them in spite of
+    rounding."""
 
-    point: tuple  # of a saddle point only
+    point: tuple
     adjoint: tuple
-    residual: tuple
-    error: tuple
+    residual: tuple  # of q, without rounding
+    error: tuple  # distances of x
+    rounding: tuple  # of the gradient at x
 
 
 class Blocks(NamedTuple):
@@ -47,8 +49,8 @@ class Near(NamedTuple):
     gradient: Callable  # (errors, residuals of the adjoint by block) -> of the indirect part of the hypergradient
 
 
-def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
-    """Proven bound on ||z - exact hypergradient|| (in exact arithmetic), inf where a constant is missing.
+def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms, unit):
+    """Proven bound on ||z - exact hypergradient||, inf where a constant is missing.
 
     z is the hypergradient at an inexact solution x and adjoint q. With eps >= ||x - x_hat|| the exact adjoint system
     holds for q up to R = residual + (L_H ||q|| + L_g) eps, so that q is within e(R) of exact, e the bound by which
@@ -61,6 +63,8 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
     parameters in the proxes too.
 
     With `Near` the terms with L_H and L_J are what it says: an adjoint of the same residuals is e away from exact then.
+    What rounding does to x, q and their residuals is in ``norms``. z is a sum of products with ||J||, of which it
+    moves ``unit`` (J ||q||).
     """
     needed = [loss_smoothness]
     if blocks.near is None:
@@ -84,15 +88,17 @@ def gradient_bound(blocks: Blocks, loss_smoothness, norms: Norms):
     ]
     adjoint_errors = blocks.distances(*adjoint_residuals)
     if blocks.near is not None:
-        bound = blocks.near.gradient(adjoint_errors, adjoint_residuals)
+        with_rounding = [e + unit * q for e, q in zip(adjoint_errors, norms.adjoint, strict=True)]
+        bound = blocks.near.gradient(with_rounding, adjoint_residuals)
         return jnp.where(jnp.isfinite(first), bound, jnp.inf).astype(first.dtype)
     bound = 0.0
     for (c, q, error), e in zip(rows, adjoint_errors, strict=True):
-        bound += c.mixed_norm * e + c.mixed_lipschitz * error * (q + e)
+        bound += c.mixed_norm * (e + unit * q) + c.mixed_lipschitz * error * (q + e)
     if len(adjoint_errors) == 2:
         for i, j in ((0, 1), (1, 0)):
             bound += blocks.linear_mixed * (
-                norms.point[j] * adjoint_errors[i] + (norms.adjoint[i] + adjoint_errors[i]) * norms.error[j]
+                norms.point[j] * (adjoint_errors[i] + unit * norms.adjoint[i])
+                + (norms.adjoint[i] + adjoint_errors[i]) * norms.error[j]
             )
     return jnp.where(jnp.isfinite(first), bound, jnp.inf).astype(first.dtype)
 
@@ -106,7 +112,7 @@ class ValueErrors(NamedTuple):
 
 
 def value_errors(
-    blocks: Blocks, loss_smoothness, loss_gradient: Sequence, shift, norms: Norms, distances
+    blocks: Blocks, loss_smoothness, value, loss_gradient: Sequence, shift, norms: Norms, distances, unit
 ) -> ValueErrors:
     """loss(x_hat) = loss(x) - shift + R, |R| <= sum over blocks of residual eps + (L_g + L_H ||q||) eps^2/2.
 
@@ -115,6 +121,9 @@ def value_errors(
     and H D = -grad energy + O(L_H |D|^2/2). With q = 0 this is MAID's interval |grad loss| eps + L_g eps^2/2 (Salehi et
     al. 2024, "Sufficient decrease"); with a warm adjoint it is of second order. The estimate takes ``distances`` for
     eps, leaves L_H out, and takes L_g = 1 where it is not given. loss_gradient: norms of its blocks.
+
+    Rounding moves the value by ``unit`` (|value| + ||grad loss|| ||x||): a loss whose terms are far larger, by an
+    offset that cancels, needs an x of higher precision. It moves the shift by ||q|| times the rounding of the gradient.
     """
 
     def remainder(smoothness, first, second, errors):
@@ -136,9 +145,12 @@ def value_errors(
         elif None not in lipschitz:
             second = [b * q for b, q in zip(lipschitz, norms.adjoint, strict=True)]
             weighted = remainder(loss_smoothness, norms.residual, second, norms.error)
+    of_value = unit * reduce(add, map(mul, loss_gradient, norms.point), jnp.abs(value))
+    of_shift = reduce(add, map(mul, norms.adjoint, norms.rounding))
     first_order = jnp.abs(shift)
-    bounds = jnp.minimum(direct, first_order + weighted), jnp.minimum(weighted, first_order + direct)
-    return ValueErrors(estimate, *bounds)
+    bound = of_value + jnp.minimum(direct, first_order + of_shift + weighted)
+    bound_corrected = of_value + of_shift + jnp.minimum(weighted, first_order + direct)
+    return ValueErrors(estimate, bound, bound_corrected)
 
 
 def _times(size, error):

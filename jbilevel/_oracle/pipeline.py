@@ -17,7 +17,7 @@ from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, removed_and_left, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.systems import Adjoint, Approach, Lower, System
-from jbilevel._views.base import Problem
+from jbilevel._views.base import UNITS, Problem
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
             if self.correct:
                 system, approach = newton.system, None
                 info = _corrected(info, system.residual, tol * view.tolerance_scale)
-                info = info._replace(error=view.error_bound(system.residual))
+                info = info._replace(error=view.error_bound(system.unrounded()))
                 after = _corrected(adjoint.info, newton.adjoint.residual, adjoint_tol)
                 adjoint = newton.adjoint._replace(info=after)
             else:
-                error = view.error_bound(newton.system.residual)
+                error = view.error_bound(newton.system.unrounded())
                 corrected_bound = self._proven(params, data, newton.system, newton.adjoint, error)[2]
         sample = self._report(params, data, view, system, adjoint, info)
         sample = sample if approach is None else self._seen(params, data, sample, approach)
@@ -122,7 +122,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         """(norms of a system and its adjoint, what is known of its blocks, proven bound on the error of z)."""
         norms = system.norms(adjoint, error)
         blocks = system.blocks(self.loss, params, data)._replace(near=system.near(adjoint, norms))
-        bound = gradient_bound(blocks, self.loss_smoothness, norms)
+        bound = gradient_bound(blocks, self.loss_smoothness, norms, _unit(params, system))
         if depends_on(self.loss, params, system.x, data):  # the Lipschitz constant in params is not known
             bound = jnp.full_like(bound, jnp.inf)
         return norms, blocks, bound
@@ -135,7 +135,9 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         shift = system.shift(adjoint)
         parts = loss_gradient if len(blocks.seen) > 1 else (loss_gradient,)
         sizes = [trees.norm(part) for part in parts]
-        errors = value_errors(blocks, self.loss_smoothness, sizes, shift, norms, distances)
+        errors = value_errors(
+            blocks, self.loss_smoothness, value, sizes, shift, norms, distances, _unit(params, system)
+        )
         bound = errors.bound_corrected if self.correct else errors.bound
         return Sample(
             value=value,
@@ -145,7 +147,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
             gradient_bound=jnp.asarray(proven, bound.dtype),
             warm=Warm(system.x, adjoint.q),
             lower=info,
-            adjoint=adjoint.info._replace(error=view.error_bound(adjoint.info.residual)),
+            adjoint=adjoint.info._replace(error=view.error_bound(system.unrounded_adjoint(adjoint))),
         )
 
     def _seen(self, params, data, sample: Sample, approach: Approach) -> Sample:
@@ -160,6 +162,10 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     def surrogate(self, params, data, point):
         x, rest = jax.lax.stop_gradient(point)
         return self.loss(params, x, data) - self.lower.pairing(self.problem.view(params, data), x, rest)
+
+
+def _unit(params, system: System):
+    return UNITS * trees.eps((params, system.x))
 
 
 def _corrected(info: SolveInfo, residual, target) -> SolveInfo:

@@ -236,10 +236,33 @@ class SaddleSystem(System):
         first, second = (2 * trees.norm(part) for part in moved)
         return (jnp.minimum(first, proven), second), found.products
 
+    def unrounded(self):
+        return self.view.measure(*self._unrounded(self.subgradient, self.x, (self.p, self.r)))
+
+    def unrounded_adjoint(self, adjoint: Adjoint):
+        return self.view.measure(*self._unrounded_adjoint(adjoint))
+
+    def _unrounded_adjoint(self, adjoint: Adjoint):
+        residual, c = adjoint.parts
+        return self._unrounded(residual, adjoint.q, (times(self.at.tau, c[0]), times(self.at.sigma, c[1])))
+
+    def _unrounded(self, parts, values, arguments):
+        """Norms of the parts without rounding: they are sums of values and arguments of proxes, over their steps."""
+        blocks = zip(parts, values, arguments, (self.at.tau, self.at.sigma), strict=True)
+        return tuple(
+            self.view.unrounded(trees.norm(part), (divided(v, step), divided(a, step)), 1.0)
+            for part, v, a, step in blocks
+        )
+
     def norms(self, adjoint: Adjoint, error) -> Norms:
-        parts = (self.x, adjoint.q, adjoint.parts[0], self.subgradient)
-        point, q, residual, known = (tuple(trees.norm(part) for part in pair) for pair in parts)
-        return Norms(point, q, residual, self.view.bounds(*known))
+        known = self._unrounded(self.subgradient, self.x, (self.p, self.r))
+        return Norms(
+            point=tuple(trees.norm(part) for part in self.x),
+            adjoint=tuple(trees.norm(part) for part in adjoint.q),
+            residual=self._unrounded_adjoint(adjoint),
+            error=self.view.bounds(*known),
+            rounding=tuple(size - trees.norm(part) for size, part in zip(known, self.subgradient, strict=True)),
+        )
 
     def shift(self, adjoint: Adjoint):
         (first, second), (x, y) = self.subgradient, adjoint.q

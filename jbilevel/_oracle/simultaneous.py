@@ -106,7 +106,7 @@ class SimultaneousLower(SaddleLower):
                 status=status,
                 steps=last.info.steps,
                 residual=state.residual,
-                error=view.error_bound(state.residual),
+                error=view.error_bound(self.solver.unrounded(view, state)),
                 evaluations=state.evaluations,
             )
 

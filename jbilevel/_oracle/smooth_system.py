@@ -54,6 +54,7 @@ class SmoothSystem(System):
     gradient: Any
     product: Callable
     residual: Any
+    curvature: Any  # the largest that the solver met
     linear_solver: LinearSolver
     max_products: int
     least_curvature: Any  # that the solver saw on its way
@@ -166,8 +167,20 @@ class SmoothSystem(System):
         estimate = jnp.where(newton.status == Status.INDEFINITE, jnp.inf, whole)
         return (jnp.minimum(estimate, proven),), newton.steps
 
+    def unrounded(self):
+        return self.view.unrounded(self.residual, self.x, self.curvature, self.energy)
+
+    def unrounded_adjoint(self, adjoint: Adjoint):
+        return self.view.unrounded(adjoint.residual, adjoint.q, self.curvature)
+
     def norms(self, adjoint: Adjoint, error) -> Norms:
-        return Norms((), (trees.norm(adjoint.q),), (adjoint.residual,), (error,))
+        return Norms(
+            point=(trees.norm(self.x),),
+            adjoint=(trees.norm(adjoint.q),),
+            residual=(self.unrounded_adjoint(adjoint),),
+            error=(error,),
+            rounding=(self.unrounded() - self.residual,),
+        )
 
     def shift(self, adjoint: Adjoint):
         return trees.dot(adjoint.q, self.gradient)
@@ -208,6 +221,14 @@ def _trusted(left, fine):
     return jnp.where(fine & (left <= MOST_LEFT), left, jnp.inf)
 
 
+def largest_curvature(product, x):
+    """A lower bound of the largest eigenvalue of a Hessian, most often within a factor of two: ||H H v||/||H v|| for a
+    fixed random vector v."""
+    first = product(trees.random_like(x, 0))
+    size = trees.norm(first)
+    return jnp.where(size > 0, trees.norm(product(first)) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
 def unsolved(residual, products) -> SolveInfo:
     """Of an adjoint that was taken as it is."""
     zero = jnp.zeros((), jnp.int32)
@@ -230,12 +251,19 @@ class SmoothLower(Lower):
     def solve(self, view, x0, tol):
         solution = self.run(view, x0, tol)
         info = solution.info._replace(evaluations=solution.info.evaluations.plus(gradients=1))
-        return self._at(view, solution.x, info.residual, self.solver.least_curvature(solution.state)), info
+        seen = solution.state.curvature, self.solver.least_curvature(solution.state)
+        system = self._at(view, solution.x, info.residual, *seen)
+        if view.constants.smoothness is not None or view.constants.strong_convexity is None:
+            return system, info
+        # a warm solve may have met no curvature at all
+        system = replace(system, curvature=jnp.maximum(system.curvature, largest_curvature(system.product, system.x)))
+        error = view.error_bound(system.unrounded())
+        return system, info._replace(error=error, evaluations=info.evaluations.plus(products=2))
 
     def restore(self, view, x, kept) -> SmoothSystem:
-        return self._at(view, x, None)
+        return self._at(view, x, None, None)
 
-    def _at(self, view, x, residual, least_curvature=math.inf) -> SmoothSystem:
+    def _at(self, view, x, residual, curvature, least_curvature=math.inf) -> SmoothSystem:
         energy, gradient, product = view.linearize(x)
         return SmoothSystem(
             view=view,
@@ -244,6 +272,7 @@ class SmoothLower(Lower):
             gradient=gradient,
             product=product,
             residual=residual,
+            curvature=curvature,
             linear_solver=self.linear_solver,
             max_products=self.max_products,
             least_curvature=least_curvature,

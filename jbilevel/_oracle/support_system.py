@@ -204,6 +204,7 @@ class SupportLower(Lower):
             gradient=gradient,
             product=product,
             residual=None,
+            curvature=1 / kept,
             linear_solver=CG(),
             max_products=self.max_products,
             least_curvature=math.inf,

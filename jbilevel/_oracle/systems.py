@@ -77,8 +77,16 @@ class System(Contract, abstract="System"):
         """(estimated distances of the blocks of x from exact, Hessian products spent)."""
 
     @abstractmethod
+    def unrounded(self):
+        """Bound on what ``residual`` would be without rounding."""
+
+    @abstractmethod
+    def unrounded_adjoint(self, adjoint: Adjoint):
+        """Bound on what the residual of q would be without rounding."""
+
+    @abstractmethod
     def norms(self, adjoint: Adjoint, error) -> Norms:
-        """Sizes of the blocks of x, q and the residual of q, and proven distances of x; error: that of its image."""
+        """Sizes of the blocks of x and q, of residuals, and proven distances of x; error: that of its image."""
 
     @abstractmethod
     def shift(self, adjoint: Adjoint) -> Any:

@@ -122,6 +122,13 @@ class SmoothView(View):
             status = jnp.where(wrong, Status.CONVEXITY, status)
         return status
 
+    def unrounded(self, residual, x, curvature, energy=None):
+        """`View.unrounded` with the L that is given; where none is, mu if no larger curvature was met."""
+        mu, smoothness = self.constants.strong_convexity, self.constants.smoothness
+        if smoothness is None and mu is not None:
+            smoothness = jnp.maximum(curvature, mu)
+        return super().unrounded(residual, x, curvature if smoothness is None else smoothness, energy)
+
     @property
     def tolerance_scale(self):
         """Gradient norm per ||x - x_hat||: mu when it is known and positive, else 1."""

@@ -102,6 +102,9 @@ class WeightedL1View(View):
         """||x - x_hat|| <= ||r||/mu for r in the subdifferential of F + G at x; inf without mu."""
         return self.smooth.error_bound(residual)
 
+    def unrounded(self, residual, x, curvature, energy=None):
+        return self.smooth.unrounded(residual, x, curvature, energy)
+
     def measure(self, size, smoothness):
         """What mu bounds ||x+ - x_hat|| by when divided by it, from the norm of a forward-backward residual
         L (y - x+); see `jbilevel.solvers.forward_backward`."""
@@ -158,6 +161,9 @@ class SupportView(View):
 
     def error_bound(self, residual):
         return self.view.error_bound(residual)
+
+    def unrounded(self, residual, x, curvature, energy=None):
+        return self.view.unrounded(residual, x, curvature, energy)
 
     def project(self, z):
         """P z."""

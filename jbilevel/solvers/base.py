@@ -62,8 +62,13 @@ class Solver(Contract, abstract="jb.Solver"):
         return self.init(view, x0, jnp.inf).residual
 
     def value(self, state) -> Any:
-        """What has to fall besides the residual for a step to count as progress: the energy, where it is known."""
-        return state.residual
+        """The energy, None where it is not known: a step that lowers it counts as progress, as one that lowers the
+        residual does."""
+        return None
+
+    def unrounded(self, view, state) -> Any:
+        """Bound on what the residual of a state would be without rounding."""
+        return view.unrounded(state.residual, state.x, state.curvature, self.value(state))
 
     def least_curvature(self, state) -> Any:
         """The smallest curvature that was seen on the way, inf where nobody looked: it may disprove a modulus."""

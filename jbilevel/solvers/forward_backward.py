@@ -288,3 +288,8 @@ class ForwardBackward(Solver):
 
     def failure(self, state):
         return state.failure
+
+    def unrounded(self, view: WeightedL1View, state):
+        # sqrt(2 L F) is at least ||grad F||, which does not vanish at a solution; F itself is not kept
+        energy = 0.5 * trees.squared_norm(state.previous_gradient) / state.smoothness
+        return view.unrounded(state.residual, state.x, state.smoothness, energy)

@@ -105,6 +105,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
     def judge(progress: _Progress) -> _Progress:
         residual = progress.state.residual
         value = solver.value(progress.state)
+        value = residual if value is None else value
         better = residual < 0.99 * progress.best
         lower = value < progress.lowest - DECREASE * eps * jnp.abs(value)
         since = jnp.where(better | lower, 0, progress.since + 1)
@@ -140,7 +141,7 @@ def _run(solver: Solver, view, x0, tol, max_steps, linger: bool = True) -> Solut
         status=_contradicted(solver, view, first, last, target),
         steps=last.steps,
         residual=state.residual,
-        error=view.error_bound(state.residual),
+        error=view.error_bound(solver.unrounded(view, state)),
         evaluations=state.evaluations,
     )
     return Solution(state.x, state.gradient, info, state)

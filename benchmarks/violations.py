@@ -21,7 +21,7 @@ from benchmarks import common
 from benchmarks.violation_problems import FAMILIES, LONG, Family, loss
 
 NAME = Path(__file__).stem
-TITLE = "Proven bounds"
+TITLE = "Certificates"
 SOLVERS = {  # of smooth problems; the others have one each
     "default": None,
     "AGD": jb.solvers.AGD(),
@@ -141,6 +141,10 @@ def total(rows: Sequence[dict], figure: str) -> int:
     return sum(row["figures"][figure] for row in rows)
 
 
+def known(rows: Sequence[dict], figure: str) -> list[float]:
+    return [common.number(row["figures"][figure]) for row in rows if row["figures"][figure] is not None]
+
+
 def render(rows: Sequence[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -153,12 +157,12 @@ def render(rows: Sequence[dict]) -> str:
     for key, own in groups.items():
         cells = []
         for kind in KINDS:
-            medians = [m for row in own if (m := row["figures"][f"{kind}_median"]) is not None]
+            medians = known(own, f"{kind}_median")
             middle = common.scientific(np.median(medians)) if medians else "–"
             cells += [total(own, f"{kind}_bounds"), total(own, f"{kind}_violations"), middle]
         lines.append([*key, total(own, "cases"), *cells])
     bounds, broken = (sum(total(rows, f"{kind}_{what}") for kind in KINDS) for what in ("bounds", "violations"))
-    largest = max(row["figures"][f"{kind}_largest"] or 0.0 for row in rows for kind in KINDS)
+    largest = max(share for kind in KINDS for share in known(rows, f"{kind}_largest"))
     return common.table(header, lines) + (
         f"\n{broken} of {bounds} bounds of {total(rows, 'cases')} cases were broken; the largest error was "
         f"{common.rounded(largest)} of its bound. bound/true: median over the errors that are more than {FAR:.0e} "

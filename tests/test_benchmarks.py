@@ -45,6 +45,7 @@ SCRIPTS = (
     "interruptions",
     "ridge",
     "certificates",
+    "violations",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",
     "papers/bogensperger_2024_tv_discretisation",
@@ -67,6 +68,7 @@ QUICK = {
     "regularizers": ["--models", "SmoothedTV"],
     "hypergradients": ["--rows", "implicit", "unrolled", "--unrolled-steps", "40", "--repeats", "1"],
     "errors": ["--problems", "quadratic"],
+    "violations": ["--families", "quadratic", "weighted l1"],
     "experiments": ["--sizes", "8", "--repeats", "1", "--variants", "plain", "mixed precision"],
 }
 FIELDS = {

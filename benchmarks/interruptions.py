@@ -292,8 +292,9 @@ def main(argv=None) -> None:
             child(args.child, args.sizes[0], args.steps, args.folder)
         return
     args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
-    measure(args, recorder)
+    with common.precision("float64"):
+        recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+        measure(args, recorder)
     print(render(recorder.rows))
 
 

@@ -105,3 +105,9 @@ def test_a_kink_in_a_smooth_energy_has_no_error(correct):
 def test_removed_and_left():
     assert float(bounds.removed_and_left(3.0, 1.0, 2.0, 0.5)) == 3 + bounds.SAFETY * 0.5 * 3
     assert np.isposinf(bounds.removed_and_left(0.0, 0.0, 0.0, jnp.inf))
+
+
+def test_the_table_of_the_matrix(tmp_path, capsys):
+    estimates.main(["--quick", "--cases", "2", "--out", str(tmp_path / "rows.jsonl")])
+    printed = capsys.readouterr().out
+    assert "| quadratic, n = 8 | known | float64 |" in printed and "below half of the truth in" in printed

@@ -14,7 +14,7 @@ import jbilevel as jb  # noqa: E402
 from benchmarks import exports, programs  # noqa: E402
 from benchmarks.programs import CASES  # noqa: E402
 from jbilevel.operators import LinearOperator  # noqa: E402
-from jbilevel.regularizers import SaddleBlocks  # noqa: E402
+from jbilevel.regularizers import RidgeSum, RidgeTerm, SaddleBlocks  # noqa: E402
 
 LOOP = "solvers/forward_backward.py"  # of one sample: a Newton step where the support has settled
 # a trial of a line search is a whole solve: what it costs to ask the host which comes next does not count
@@ -63,7 +63,7 @@ def test_every_public_operator_regulariser_and_network_has_a_case():
     assert operators - {LinearOperator, jb.operators.Astra} <= {type(make()) for make in programs.OPERATORS.values()}
     regularisers = {R for R in vars(jb.regularizers).values() if isinstance(R, type)}
     cases = [*programs.SMOOTH.values(), *programs.SADDLES.values()]
-    assert regularisers - {SaddleBlocks} == {type(regularizer) for regularizer in cases}
+    assert regularisers - {SaddleBlocks, RidgeSum, RidgeTerm} == {type(regularizer) for regularizer in cases}
     networks = {case.split(",")[0].replace("-", "") for case in programs.NETWORKS}
     assert set(jb.nets._NEED_FLAX) <= networks
 

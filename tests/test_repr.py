@@ -234,10 +234,13 @@ def plain_objects() -> list:
     solvers = [getattr(jb.solvers, name) for name in ("ForwardBackward", "LBFGS", "NewtonCG", "NonmonotoneAPG", "PDHG")]
     operators = jb.operators
     angles = tuple(0.1 * k for k in range(100))
+    ridges = TV.ridges(TV.init(weight=0.5), (8, 8))
     return [
         *(solver() for solver in solvers),
         jb.solvers.MINRES(),
         jb.regularizers.TV(),
+        ridges,
+        *ridges.terms,
         operators.ConeBeam((4, 8, 8), angles, (4, 12), source_origin=20.0, origin_detector=10.0),
         operators.FanBeam((8, 8), angles, 12, source_origin=20.0, origin_detector=10.0),
         operators.ParallelBeam3D((4, 8, 8), angles, (4, 12)),

@@ -12,6 +12,7 @@ from jbilevel._core.results import RUNNING, SolveInfo, Status, Work
 from jbilevel.prox import same_output
 
 PATIENCE = 50
+SHIFTS = 32
 EXCESS = 1e-3  # by which a modulus is too large before it is called wrong
 
 
@@ -187,17 +188,43 @@ def resume(product, state: CGState, tol, max_steps, *, inverse=None) -> CGState:
 
 
 def smallest_ritz_value(state: CGState):
-    """Smallest eigenvalue of the Lanczos matrix of all steps, which were ``kept``: at least that of H. inf without."""
+    """Smallest eigenvalue of the Lanczos matrix of all steps, which were ``kept``, from below to 3 per cent: about that
+    of H, or above. inf without steps.
+
+    By the signs of the pivots of T - shift (Sturm's sequence), for shifts over twelve decades, and again between two.
+    """
     alphas, betas = state.steps_taken
     index = jnp.arange(alphas.size)
     taken = index < state.steps
-    lengths = jnp.where(taken, alphas, 1.0)
-    diagonal = 1 / lengths + jnp.where(index > 0, jnp.roll(jnp.where(taken, betas, 0.0) / lengths, 1), 0.0)
-    beyond = jnp.max(jnp.where(taken, diagonal, 0.0))  # no eigenvalue of rows not taken is the smallest
-    coupling = jnp.where(index + 1 < state.steps, jnp.sqrt(jnp.where(taken, betas, 0.0)) / lengths, 0.0)[:-1]
-    matrix = jnp.diag(jnp.where(taken, diagonal, beyond)) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
-    fine = (state.steps > 0) & jnp.all(jnp.isfinite(matrix))
-    return jnp.where(fine, jnp.linalg.eigvalsh(jnp.where(fine, matrix, 0.0))[0], jnp.inf)
+    lengths, ratios = jnp.where(taken, alphas, 1.0), jnp.where(taken, betas, 0.0)
+    before = jnp.where(index > 0, jnp.roll(ratios / lengths, 1), 0.0)
+    diagonal = 1 / lengths + before
+    squares = jnp.where(index > 0, before / jnp.roll(lengths, 1), 0.0)  # of what stands beside it
+
+    def below(shifts):
+        """Whether each is below the smallest eigenvalue: all pivots are positive then."""
+
+        def pivot(carry, row):
+            last, positive = carry
+            entry, square, used = row
+            following = entry - shifts - square / last
+            fine = following > 0
+            return (jnp.where(used & fine, following, last), positive & (fine | ~used)), None
+
+        first = jnp.ones_like(shifts), jnp.ones(shifts.shape, bool)
+        return jax.lax.scan(pivot, first, (diagonal, squares, taken))[0][1]
+
+    largest = jnp.min(jnp.where(taken, diagonal, jnp.inf))
+    grid = jnp.linspace(0.0, 1.0, SHIFTS, dtype=lengths.dtype)
+    shifts = largest * 10.0 ** (12 * (grid - 1))
+    lowest, step = _last(shifts, below(shifts)), 12 / (SHIFTS - 1)
+    shifts = lowest * 10.0 ** (step * grid)
+    return jnp.where((state.steps > 0) & jnp.isfinite(largest), _last(shifts, below(shifts)), jnp.inf)
+
+
+def _last(shifts, fine):
+    """The last one up to which all are fine, the first where none is."""
+    return shifts[jnp.maximum(jnp.sum(jnp.cumprod(fine)) - 1, 0)]
 
 
 def distance_left(state: CGState, modulus):

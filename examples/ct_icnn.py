@@ -4,7 +4,7 @@ Lower level, for each sinogram y, as a saddle point in x, z and three duals (Bog
     x_hat(theta) = argmin_x 1/2 ||A x - y||^2/||A||^2 + e^g sum psi_w(W z),  z = psi_w(V x),  W >= 0
 Upper level, over slices with known x*:   min_theta mean 1/2 ||x_hat(theta) - x*||^2
 
-Drawn abdomens, few views, Gaussian noise. MAID moves the filters V and W (kept nonnegative by a projection, so that
+Drawn abdomens, few views, Gaussian noise. Adam moves the filters V and W (kept nonnegative by a projection, so that
 the energy stays convex); the primal-dual method finds each saddle point and then its adjoint with the same steps: no
 Hessian, and no memory that grows with the iterations. Filtered backprojection and total variation with its best weight
 are what it has to beat.
@@ -19,6 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pictures
 
 import jbilevel as jb
@@ -57,8 +58,9 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=6, help="slices to learn from")
     parser.add_argument("--test", type=int, default=3, help="slices to judge on")
     parser.add_argument(
-        "--work", type=float, default=1_500_000, help="stop learning once this many gradient-equivalents are spent"
+        "--work", type=float, default=1_000_000, help="stop learning once this many gradient-equivalents are spent"
     )
+    parser.add_argument("--steps", type=int, default=80, help="of Adam")
     args = pictures.parsed(parser, argv)
 
     A, norm, batch = scans(args, np.random.default_rng(args.seed))
@@ -73,10 +75,13 @@ def main(argv=None):
 
     network = jb.regularizers.ICNN(hidden=8, outputs=2, boundary="zero")
     problem = jb.variational(operator, network, form="saddle")
-    oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=(0, 0)), solver=SOLVER)
+    oracle = jb.piggyback.Oracle(problem, jb.losses.squared_error(part=(0, 0)), solver=SOLVER, estimate=False)
+    start = network.init(jax.random.key(args.seed), weight=1e-3)
+    adam, scales = optax.adam(optax.cosine_decay_schedule(0.05, args.steps, 0.05)), oracle.scales(start, train)
+    accuracy = {"tol": 1e-2 * float(scales.solution), "adjoint_tol": 1e-2 * float(scales.adjoint)}
     result = jb.fit(
-        jb.MAID(oracle, projection=network.project), network.init(jax.random.key(args.seed), weight=1e-3), train,
-        steps=300, work_budget=args.work, **pictures.saving(args, "maid"),
+        jb.FirstOrder(oracle, adam, projection=network.project, **accuracy), start, train,
+        steps=args.steps, work_budget=args.work, **pictures.saving(args, "adam"),
     )  # fmt: skip
     values = result.history["value"]
     print(f"{result.steps} steps, training loss {values[0]:.3f} to {values[-1]:.3f}: {result.message}")

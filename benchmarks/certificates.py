@@ -24,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jbilevel as jb
 from benchmarks import common
+from benchmarks.reliability import first_paragraph
 
 NAME = Path(__file__).stem
 TITLE = "Certificates"
@@ -154,7 +155,9 @@ def render(rows: Sequence[dict]) -> str:
     for row in rows:
         parts.setdefault(row["benchmark"].partition(": ")[2], []).append(row)
     pages = [own_page(parts.pop(""))] if "" in parts else []
-    pages += [importlib.import_module(f"benchmarks.{script}").render(found) for script, found in parts.items()]
+    for script, found in parts.items():
+        module = importlib.import_module(f"benchmarks.{script}")
+        pages.append(f"### {first_paragraph(module)}\n\n{module.render(found)}")
     return "\n".join(pages)
 
 

@@ -284,7 +284,7 @@ class Share(NamedTuple):
         return cls(len(truths), ratios.size / max(len(truths), 1), low, quantiles)
 
 
-def figures(told: list[dict], dtype: str) -> dict[str, Any]:
+def judged(told: list[dict], dtype: str) -> dict[str, Any]:
     least = ROUNDING[dtype]
     found: dict[str, Any] = {"drawn": len(told)}
     for what in WHAT:
@@ -320,7 +320,7 @@ def measure(args, recorder) -> None:
                         told = list(cases(kind, dtype, modulus, args.cases, args.seed))
                 jax.clear_caches()  # each row has programs of its own, and a process not room for all
                 case = {"kind": kind, "modulus": "known" if modulus else "unknown", "dtype": dtype}
-                recorder.add(case, figures(told, dtype) | {"cpu_s": time.process_time() - spent})
+                recorder.add(case, judged(told, dtype) | {"cpu_s": time.process_time() - spent})
                 recorder.write()
 
 

@@ -20,8 +20,7 @@ import jbilevel as jb
 from benchmarks import common
 from benchmarks.violation_problems import FAMILIES, LONG, Family, loss
 
-NAME = Path(__file__).stem
-TITLE = "Certificates"
+NAME, PAGE = Path(__file__).stem, "certificates"
 SOLVERS = {  # of smooth problems; the others have one each
     "default": None,
     "AGD": jb.solvers.AGD(),
@@ -103,7 +102,7 @@ def compared(exact: Sequence, found: dict, correct: bool, eps: float) -> dict:
     return row
 
 
-def figures(row: dict) -> dict:
+def judged(row: dict) -> dict:
     found = {"cases": row["cases"]}
     for name in KINDS:
         parts = [row[part] for part in (name, "again") if part in row and (part == name or name == "value")]
@@ -129,7 +128,7 @@ def measure(args, recorder) -> None:
                         rows = measured(family, size, args.batch[0], dtype, args.seed, SOLVERS[solver])
                         for row in rows:
                             case = {"family": name, "solver": solver, "size": size, "dtype": dtype}
-                            recorder.add(case | {"correct": row["correct"]}, figures(row))
+                            recorder.add(case | {"correct": row["correct"]}, judged(row))
         recorder.write()
         print(name, flush=True)
 
@@ -179,7 +178,8 @@ def main(argv=None) -> None:
     options.add_argument("--families", nargs="+", choices=FAMILIES, metavar="NAME", help=f"of {'; '.join(FAMILIES)}")
     options.add_argument("--limit", type=int, help="sizes of each family")
     args = common.parse(options, argv)
-    recorder = common.Recorder(NAME, args)
+    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
+    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
     measure(args, recorder)
     recorder.write()
     print(render(recorder.rows))

@@ -24,7 +24,7 @@ def test_no_bound_is_broken(name, dtype):
     family = FAMILIES[name]
     size = family.sizes[:2][-1]
     with common.precision(dtype):
-        rows = [violations.figures(row) for row in violations.measured(family, size, 24, dtype, 1)]
+        rows = [violations.judged(row) for row in violations.measured(family, size, 24, dtype, 1)]
     assert sum(row["cases"] for row in rows) == sum(row["distance_bounds"] for row in rows) == 48
     assert sum(row[f"{kind}_violations"] for row in rows for kind in violations.KINDS) == 0
     # and they say something
@@ -37,7 +37,7 @@ def test_no_bound_is_broken(name, dtype):
 def test_no_bound_of_any_family_is_broken(name, dtype):
     with common.precision(dtype):
         for size in FAMILIES[name].sizes[:2]:
-            for row in map(violations.figures, violations.measured(FAMILIES[name], size, 30, dtype, 2)):
+            for row in map(violations.judged, violations.measured(FAMILIES[name], size, 30, dtype, 2)):
                 assert row["cases"] == 30 and row["value_bounds"] == 60
                 assert row["gradient_bounds"] == (30 if name.startswith(GRADIENTS) else 0)
                 assert sum(row[f"{kind}_violations"] for kind in violations.KINDS) == 0

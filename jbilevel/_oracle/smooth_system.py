@@ -126,7 +126,7 @@ class SmoothSystem(System):
             point=system.point(improved),
             left=left,
             evaluations=work,
-            rounding=FELT * trees.eps(self.x) * largest / modulus * jnp.maximum(*relative),
+            rounding=FELT * trees.eps(self.x) * ratio(largest, modulus) * jnp.maximum(*relative),
             approach=Approach(halfway=x_halfway, end=x, left=left_x),
         )
 

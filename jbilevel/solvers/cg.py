@@ -223,8 +223,9 @@ def smallest_ritz_value(state: CGState):
 
 
 def _last(shifts, fine):
-    """The last one up to which all are fine, the first where none is."""
-    return shifts[jnp.maximum(jnp.sum(jnp.cumprod(fine)) - 1, 0)]
+    """The last one up to which all are fine, 0 where none is: the matrix is singular, as far as one can see."""
+    count = jnp.sum(jnp.cumprod(fine))
+    return jnp.where(count > 0, shifts[jnp.maximum(count - 1, 0)], 0.0)
 
 
 def distance_left(state: CGState, modulus):

@@ -304,6 +304,12 @@ class Recorder:
         draft.replace(self.path)
 
 
+def recorder_of(page: str, script: str, args: argparse.Namespace) -> Recorder:
+    """For one of several scripts whose rows stand on one page, in its file unless ``--out`` says otherwise."""
+    args.out = args.out or RESULTS / f"{page}.jsonl"
+    return Recorder(f"{page}: {script}", args, script=f"benchmarks/{script}.py")
+
+
 def run(script: str, options: argparse.ArgumentParser, measure, render, figures=None, argv=None) -> None:
     """All of a script that measures in one precision: ``measure(args, recorder)``, print its section, draw its figures.
 

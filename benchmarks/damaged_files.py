@@ -252,8 +252,7 @@ def main(argv=None) -> None:
     options.add_argument("--hostile", type=int, help="every how manieth hostile file; 0: none")
     options.add_argument("--targets", nargs="+", help="kinds of files (default: all)")
     args = common.parse(options, argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     measure(args, recorder)
     print(render(recorder.rows))
 

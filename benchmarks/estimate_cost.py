@@ -118,8 +118,7 @@ def main(argv=None) -> None:
     options = common.parser(__doc__, defaults={"repeats": 15}, quick={"repeats": 3})
     options.add_argument("--against", metavar="COMMIT", default="HEAD", help="the earlier version (default: HEAD)")
     args = common.parse(options, argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     git = ["git", "-C", str(root), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder) / "earlier"

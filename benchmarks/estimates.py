@@ -370,8 +370,7 @@ def main(argv=None) -> None:
     options.add_argument("--cases", type=int, help="of each row")
     options.add_argument("--kinds", nargs="+", choices=[*KINDS, *SADDLE], help="lower levels (default: all)")
     args = common.parse(options, argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     measure(args, recorder)
     print(render(recorder.rows))
 

@@ -192,8 +192,7 @@ def render(rows: Sequence[dict]) -> str:
 def main(argv=None) -> None:
     defaults, quick = {"sizes": [128], "dtype": ["float32"]}, {"sizes": [48]}
     args = common.parse(common.parser(__doc__, defaults=defaults, quick=quick), argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     with common.precision("float32"):
         measure(args, recorder)
     print(render(recorder.rows))

@@ -291,9 +291,8 @@ def main(argv=None) -> None:
         with common.precision("float64"):
             child(args.child, args.sizes[0], args.steps, args.folder)
         return
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
     with common.precision("float64"):
-        recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+        recorder = common.recorder_of(PAGE, NAME, args)
         measure(args, recorder)
     print(render(recorder.rows))
 

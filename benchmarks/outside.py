@@ -369,8 +369,7 @@ def _cell(words: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     options = common.parser(__doc__, defaults={"dtype": ["float32"]}, quick={"dtype": ["float32"]})
     args = common.parse(options, argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     measure(args, recorder)
     print(render(recorder.rows))
 

@@ -178,8 +178,7 @@ def main(argv=None) -> None:
     options.add_argument("--families", nargs="+", choices=FAMILIES, metavar="NAME", help=f"of {'; '.join(FAMILIES)}")
     options.add_argument("--limit", type=int, help="sizes of each family")
     args = common.parse(options, argv)
-    args.out = args.out or common.RESULTS / f"{PAGE}.jsonl"
-    recorder = common.Recorder(f"{PAGE}: {NAME}", args, script=f"benchmarks/{NAME}.py")
+    recorder = common.recorder_of(PAGE, NAME, args)
     measure(args, recorder)
     recorder.write()
     print(render(recorder.rows))

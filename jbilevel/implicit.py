@@ -61,8 +61,8 @@ class Oracle(AdjointOracle):
     ``error`` is how far the Newton step moves the hypergradient, and what it leaves: CG's own error, by Gauss-Radau
     quadrature (Golub & Meurant 1994) with the modulus of convexity, the one that is known or what the solves saw of the
     smallest eigenvalue, and what the linearisation missed. It is inf where that cannot be told: the step raises energy
-    and gradient (a kink, or a tolerance far too loose), the Hessian is indefinite or singular, or CG leaves more than
-    eight times what it removed.
+    and gradient (a kink, or a tolerance far too loose), the Hessian is seen to be indefinite or singular, or CG leaves
+    more than eight times what it removed.
 
     With strong_convexity and either ridges or hessian_lipschitz, mixed_lipschitz, mixed_norm in the problem,
     loss_smoothness here, and a loss that does not read params, the result is certified: ``bound`` is proven, rounding

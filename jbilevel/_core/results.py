@@ -209,7 +209,9 @@ class Value(NamedTuple):
     """Upper-level value of a batch, without any adjoint solve.
 
     value: weighted mean; error: estimate of |value - exact|; bound: proven bound (inf where none is known);
-    values: per sample; lower: per-sample `SolveInfo`; warm: next warm start.
+    shift: what the value is too large by, to first order, with its sign: value - shift is better (0 where that is
+    already taken away, with correct=True, or nothing is known; ``error`` counts it); values: per sample; lower:
+    per-sample `SolveInfo`; warm: next warm start.
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
@@ -221,6 +223,7 @@ class Value(NamedTuple):
     value: Any
     error: Any
     bound: Any
+    shift: Any
     values: Any
     lower: SolveInfo
     warm: Warm
@@ -242,7 +245,7 @@ class Value(NamedTuple):
 class Hypergradient(NamedTuple):
     """Value and hypergradient of a batch, with their errors.
 
-    value, values: weighted mean and per-sample upper-level values; value_error, value_bound: as in `Value`;
+    value, values: weighted mean and per-sample upper-level values; value_error, value_bound, shift: as in `Value`;
     grad: pytree like params, direct plus indirect part; error: estimate of the 2-norm error of the `grad` returned
     (with correct=True: of what remains); certified, bound: a proven bound on that error when certified, else inf;
     warm: next warm start; lower, adjoint: per-sample `SolveInfo`.
@@ -258,6 +261,7 @@ class Hypergradient(NamedTuple):
     values: Any
     value_error: Any
     value_bound: Any
+    shift: Any
     grad: Any
     error: Any
     certified: Any

@@ -386,11 +386,12 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
 
     _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
     samples, weight = _account(oracle, samples, weight)
-    value, error, bound = _mean_value(oracle, samples, weight)
+    value = _mean_value(oracle, samples, weight)
     return Value(
-        value=value,
-        error=error,
-        bound=bound,
+        value=value.value,
+        error=value.error,
+        bound=value.bound,
+        shift=value.shift,
         values=samples.value,
         lower=samples.lower,
         warm=samples.warm,
@@ -417,15 +418,24 @@ def _account(oracle, samples: Sample, weight):
     return samples, weight / jnp.sum(weight)
 
 
-def _mean_value(oracle, samples: Sample, weight):
+class _MeanValue(NamedTuple):
+    value: Any
+    error: Any
+    bound: Any
+    shift: Any  # what the value is too large by, to first order
+
+
+def _mean_value(oracle, samples: Sample, weight) -> _MeanValue:
     value, shift = batches.mean(samples.value, weight), batches.mean(samples.shift, weight)
     estimate, bound = batches.mean(samples.estimate, weight), batches.mean(samples.bound, weight)
     finite = jnp.isfinite(value)
     rounding = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
     estimate, bound = batches.infinite_unless(finite, estimate), batches.infinite_unless(finite, bound)
+    shift = jnp.where(jnp.isfinite(shift), shift, 0.0)
     if oracle.correct:
-        return value - shift, estimate + rounding, bound
-    return value, batches.infinite_unless(finite, jnp.abs(shift) + estimate + rounding), bound
+        return _MeanValue(value - shift, estimate + rounding, bound, jnp.zeros_like(shift))
+    error = batches.infinite_unless(finite, jnp.abs(shift) + estimate + rounding)
+    return _MeanValue(value, error, bound, shift)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -448,7 +458,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     kept = jnp.sum(jnp.where(usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
     total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
     samples, weight = _account(oracle, samples, weight)
-    value, value_error, value_bound = _mean_value(oracle, samples, weight)
+    value, value_error, value_bound, shift = _mean_value(oracle, samples, weight)
     grad = total.corrected if oracle.correct else total.plain
     grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
     finite = jnp.isfinite(value) & trees.all_finite(grad)
@@ -460,6 +470,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         values=samples.value - samples.shift if oracle.correct else samples.value,
         value_error=value_error,
         value_bound=value_bound,
+        shift=shift,
         grad=grad,
         error=error,
         certified=jnp.isfinite(bound),

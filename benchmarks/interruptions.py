@@ -53,7 +53,7 @@ class Case(NamedTuple):
 def full_batch(size: int) -> Case:
     """MAID learns both parameters of smoothed total variation."""
     R, images = jb.regularizers.SmoothedTV(), noisy(3 * size, 2)
-    method = jb.MAID(jb.variational(None, R).oracle(jb.losses.squared_error()), barzilai_borwein=False)
+    method = jb.MAID(jb.variational(None, R).oracle(jb.losses.squared_error()), rule="paper")
     return Case(method, R.init(weight=0.02), images, steps=40)
 
 

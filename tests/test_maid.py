@@ -200,8 +200,8 @@ def halvings(small, large, factor):
 
 
 def test_accuracies_and_steps_move_by_their_factors():
-    # from a loose start some steps need better accuracies, others do not; without Barzilai-Borwein the step is kept too
-    method = jb.MAID(TOY, tol=10.0, adjoint_tol=20.0, barzilai_borwein=False, accuracy_up=1.25, step_up=1.5)
+    # from a loose start some steps need better accuracies, others do not
+    method = jb.MAID(TOY, tol=10.0, adjoint_tol=20.0, rule="paper", accuracy_up=1.25, step_up=1.5)
     rows = walk(method, jnp.array(THETA), SAMPLES, 200)
     assert all(row.accepted for row in rows[:-1]) and len(rows) > 20
     assert toy_value(np.asarray(rows[-1].after.params)) - toy_value(BEST) < 1e-6
@@ -376,6 +376,7 @@ def test_ten_steps_and_new_tolerances_compile_once(caplog):
         {"descent": 1.0},
         {"window": 1.0},
         {"window": -0.1},
+        {"rule": "printed"},
         {"tries": 0},
         {"rounds": 0},
     ],

@@ -85,7 +85,7 @@ def runs(args, name: str, start, batch) -> Iterator[tuple[dict, Any, Any]]:
             rate = state.optimizer._replace(hyperparams=own)
             yield case, method, replace(state, tol=tol, adjoint_tol=tol, optimizer=rate)
 
-    method = jb.MAID(oracle, projection=model.project, tol=1.0, adjoint_tol=1.0, barzilai_borwein=False)
+    method = jb.MAID(oracle, projection=model.project, tol=1.0, adjoint_tol=1.0, rule="paper")
     state = method.init(start, batch)
     for case, tol, alpha in cases("MAID", args.alphas):
         yield case, method, replace(state, tol=tol, adjoint_tol=tol, step=jnp.asarray(alpha, float))

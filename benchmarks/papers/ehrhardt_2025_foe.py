@@ -55,12 +55,13 @@ def crops(args) -> tuple[dict, dict]:
 
 
 def methods(args, oracle, projection, short: float):
-    """(case, method) of every run; HOAG also with MAID's ``short`` first step, as its own is far too long here."""
+    """(case, method) of every run; HOAG as its author has it, also with MAID's ``short`` first step, as its own is far
+    too long here."""
     yield {"method": "MAID", "schedule": None}, jb.MAID(oracle, projection=projection)
     for schedule in args.schedules:
         for first, length in (("own", None), ("short", short)):
             case = {"method": "HOAG", "schedule": schedule, "first step": first}
-            yield case, jb.HOAG(oracle, schedule=schedule, projection=projection, step_size=length)
+            yield case, jb.HOAG(oracle, schedule, rule="pedregosa", projection=projection, step_size=length)
 
 
 def measure(args, recorder) -> None:

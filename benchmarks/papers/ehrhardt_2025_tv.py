@@ -40,9 +40,9 @@ MAID_OPTIONS: dict[str, dict[str, Any]] = {
     "corrected": {"oracle": {"correct": True}},
     "certified": {"certified": True},
     "certified, corrected": {"certified": True, "oracle": {"correct": True}},
-    "no Barzilai-Borwein": {"barzilai_borwein": False},
+    "paper": {"rule": "paper"},
     "window 0.85": {"window": 0.85},
-    "window 0.85, no Barzilai-Borwein": {"window": 0.85, "barzilai_borwein": False},
+    "paper, window 0.85": {"rule": "paper", "window": 0.85},
 }
 GAPS = (0.01, 0.001)
 

@@ -68,6 +68,12 @@ def reduced(projection, params, grad, step):
     return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
 
 
+def no_hypergradient(oracle, params, batch, warm):
+    """What a loop that computes hypergradients begins with: zeros in the form of one, and the warm start."""
+    shapes = jax.eval_shape(lambda: oracle(params, batch, warm, tol=1.0, adjoint_tol=1.0))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)._replace(warm=warm)
+
+
 def stationary(value, squared_norm, step, error=0.0):
     """Whether a gradient of this squared norm is small: exactly zero, or a step of the length that worked last
     would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.

@@ -33,10 +33,10 @@ from jbilevel._core.results import check as check
 from jbilevel._method.base import Method as Method
 from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import Oracle as Oracle
-from jbilevel._oracle.base import Sample as Sample
 from jbilevel._oracle.kinds import ForwardOracle as ForwardOracle
 from jbilevel._oracle.kinds import PullBackOracle as PullBackOracle
 from jbilevel._oracle.pipeline import AdjointOracle as AdjointOracle
+from jbilevel._oracle.samples import Sample as Sample
 from jbilevel._views.base import Problem as Problem
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView

@@ -54,6 +54,7 @@ from jbilevel.problems.weighted_l1 import WeightedL1Problem as WeightedL1Problem
 from jbilevel.regularizers.base import Regularizer as Regularizer
 from jbilevel.solvers import solve as solve
 from jbilevel.solvers.base import Solver as Solver
+from jbilevel.stochastic import Stochastic as Stochastic
 from jbilevel.task import TaskAdapted as TaskAdapted
 from jbilevel.task import task_adapted as task_adapted
 from jbilevel.training import FitResult as FitResult
@@ -111,6 +112,7 @@ __all__ = [
     "solvers",
     "Status",
     "StepInfo",
+    "Stochastic",
     "task",
     "task_adapted",
     "TaskAdapted",

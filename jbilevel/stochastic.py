@@ -88,9 +88,44 @@ class _Call(NamedTuple):
     next: Tolerances  # of the next one
     again: Any  # whether there is to be a next one
     held: Tolerances  # with which the next step begins
-    changed: Any  # whether they differ from those of this step
+    changed: Any  # whether the last call changed them
     work: Any  # of all calls
     status: Any  # the worst of theirs
+
+    def then(self, hg: Hypergradient, turn, due) -> _Call:
+        """After the next call, which gave ``hg``: what it says of the accuracy before, and whether to ask again.
+
+        turn: as of `Probes`. due: whether there is to be a probe after the first call.
+        """
+        first, starting = self.count == 0, turn < 0
+        known, floor = jnp.isfinite(hg.spread), LEAST * trees.norm(hg.grad)
+        limit = jnp.where(known, jnp.maximum(NOISE * hg.spread, floor), floor)
+        move = trees.norm(trees.sub(hg.grad, self.hg.grad))
+        # before the first step a zero says nothing: it may be that nothing was solved
+        dear = (hg.work > FIRST_COST * self.work) & jnp.any(self.hg.lower.steps > 0)
+        settled = (((move <= limit) | dear) & (limit > 0)) | (self.count >= FIRST_PROBES)
+        tighten = (hg.status == Status.CONVERGED) & jnp.where(starting, ~settled, known & (move > limit))
+        loosen = ~starting & known & (move < LOOSE * limit)
+        held, following = [], []
+        for part, (before, now) in enumerate(((self.hg.lower, hg.lower), (self.hg.adjoint, hg.adjoint))):
+            judged = ~first & (starting | (turn == part))
+            last, new, old = self.asked[part], self.next[part], self.held[part]
+            changed = jnp.where(loosen & _binds(last, before), FACTOR * last, old)
+            held.append(jnp.where(judged, jnp.where(tighten, new, changed), old))
+            better = _better(new, _attained(now)) / jnp.where(starting, FIRST_FACTOR, FACTOR)
+            following.append(jnp.where(starting | (turn == part), better, new))
+        fine = jnp.isfinite(hg.value) & trees.all_finite(hg.grad)
+        return _Call(
+            count=self.count + 1,
+            hg=hg,
+            asked=self.next,
+            next=Tolerances(*following),
+            again=fine & jnp.where(first, due, starting & tighten),
+            held=Tolerances(*held),
+            changed=jnp.any(jnp.stack(held) != jnp.stack(self.held)),
+            work=self.work + hg.work,
+            status=jnp.maximum(self.status, hg.status),
+        )
 
 
 @dataclass(frozen=True)
@@ -223,53 +258,14 @@ class Stochastic(WithOptimizer, Method):
         """The last call on this batch, after the probes that are due. A loop, so that the oracle is compiled once."""
         self._require_chunks(batch)
         turn, due = state.probes.turn, state.probes.due()
-        starting = turn < 0
-        factor = jnp.where(starting, FIRST_FACTOR, FACTOR)
-
-        def evaluate(call: _Call) -> _Call:
-            asked, before = call.next, call.hg
-            hg = self.asked(state.params, batch, before.warm, tol=asked.tol, adjoint_tol=asked.adjoint_tol)
-            limit = jnp.maximum(NOISE * hg.spread, LEAST * trees.norm(hg.grad))
-            move = trees.norm(trees.sub(hg.grad, before.grad))
-            first, work = call.count == 0, call.work + hg.work
-            # the accuracy asked for last was enough, or more cannot be had, or not at this price
-            dear = (hg.work > FIRST_COST * call.work) & (limit > 0) & jnp.any(before.lower.steps > 0)
-            settled = ((move <= limit) & (limit > 0)) | dear | (call.count >= FIRST_PROBES)
-            useful = hg.status == Status.CONVERGED
-            loose = (move < LOOSE * limit) & ~starting
-            parts = zip((before.lower, before.adjoint), call.held, call.asked, asked, (0, 1), strict=True)
-            held = [
-                jnp.where(
-                    first | (~starting & (turn != part)),
-                    old,
-                    jnp.where(
-                        useful & jnp.where(starting, ~settled, move > limit),
-                        new,
-                        jnp.where(loose & _binds(tol, info), FACTOR * tol, old),
-                    ),
-                )
-                for info, old, tol, new, part in parts
-            ]
-            refined = [
-                jnp.where(starting | (turn == part), _better(tol, _attained(info)) / factor, tol)
-                for info, tol, part in zip((hg.lower, hg.adjoint), asked, (0, 1), strict=True)
-            ]
-            fine = jnp.isfinite(hg.value) & trees.all_finite(hg.grad)
-            return _Call(
-                count=call.count + 1,
-                hg=hg,
-                asked=asked,
-                next=Tolerances(*refined),
-                again=fine & jnp.where(first, due, starting & ~settled & useful),
-                held=Tolerances(*held),
-                changed=jnp.any(jnp.stack(held) != jnp.stack([state.tol, state.adjoint_tol])),
-                work=work,
-                status=jnp.maximum(call.status, hg.status),
-            )
-
         begin = Tolerances(state.tol, state.adjoint_tol)
+
+        def ask(call: _Call) -> _Call:
+            tol, adjoint_tol = call.next
+            return call.then(self.asked(state.params, batch, call.hg.warm, tol=tol, adjoint_tol=adjoint_tol), turn, due)
+
         shapes = jax.eval_shape(
-            lambda: self.asked(state.params, batch, state.warm, tol=begin.tol, adjoint_tol=begin.tol)
+            lambda: self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.tol)
         )
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         none = _Call(
@@ -283,7 +279,7 @@ class Stochastic(WithOptimizer, Method):
             work=nothing.work,
             status=nothing.status,
         )
-        return jax.lax.while_loop(lambda call: call.again, evaluate, none)
+        return jax.lax.while_loop(lambda call: call.again, ask, none)
 
     def _require_chunks(self, batch) -> None:
         count, size = batches.split(batch, self.oracle.in_axes.tree()).count, self.oracle.chunk_size

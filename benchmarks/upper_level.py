@@ -89,7 +89,7 @@ def main(argv=None) -> None:
     options = common.parser(
         __doc__,
         defaults={"problems": list(PROBLEMS), "methods": list(names), "instances": 100},
-        quick={"problems": quick, "instances": 1},
+        quick={"problems": quick, "methods": ["HOAG", ADAM], "instances": 1},
     )
     options.add_argument("--problems", nargs="+", choices=list(PROBLEMS), metavar="P", help=", ".join(PROBLEMS))
     options.add_argument("--methods", nargs="+", choices=names, metavar="M", help=", ".join(names))

@@ -194,7 +194,7 @@ def verdict(problem: Problem, must: Must, methods: Mapping[str, Mapping[str, dic
 
 def must_table(rows: Sequence[dict]) -> str:
     """What every problem demands beside what was measured."""
-    present = [m for m in (*OURS, "HOAG", "MAID") if any(row["case"]["method"] == m for row in rows)]
+    present = [m for m in dict.fromkeys((*OURS, "HOAG", "MAID")) if any(row["case"]["method"] == m for row in rows)]
     lines, missed, count = [], 0, 0
     for name, problem in PROBLEMS.items():
         methods = of(rows, name)

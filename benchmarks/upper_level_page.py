@@ -17,7 +17,7 @@ COLOURS = {
     "Adam": "#e69f00", "MAID": "#0072b2", "HOAG": "#d55e00", "NBA": "#cc79a7", "QuasiNewton": "#009e73",
     "Stochastic": "#56b4e9",
 }  # fmt: skip
-PANELS = 4  # instances that are drawn of a problem
+PANELS = 3  # instances that are drawn of a problem
 
 
 class Score(NamedTuple):
@@ -116,13 +116,21 @@ def seconds(value: float) -> str:
 def seeds_table(problem: Problem, methods: Mapping[str, Mapping[str, dict]]) -> str:
     """A row for each method: median over seeds and the range, at each mark."""
     header = ["", *(label for label in labels(problem)), "CPU s", "ended"]
+    named = {name_of(method): [rows] for method, rows in methods.items()}
+    if len(methods.get(ADAM, ())) > 1:
+        each = [{instance: row} for instance, row in methods[ADAM].items()]
+        named = {name_of(ADAM): [methods[ADAM]], "Adam, best cell of each seed": each} | named
     lines = []
-    for method, rows in methods.items():
-        found = {label: scores(problem, rows, label) for label in labels(problem)}
-        last = labels(problem)[-1]
-        spent = seconds(_median([score.seconds for score in found[last].values()]))
-        lines.append([name_of(method), *(spread(problem, found[label], label) for label in found), spent, ends(rows)])
+    for name, groups in named.items():  # within each, one cell serves all rows
+        found = {label: _merged(scores(problem, rows, label) for rows in groups) for label in labels(problem)}
+        spent = seconds(_median([score.seconds for score in found[labels(problem)[-1]].values()]))
+        values = (spread(problem, found[label], label) for label in found)
+        lines.append([name, *values, spent, ends(_merged(groups))])
     return table(header, lines)
+
+
+def _merged(parts) -> dict:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def starts_table(problem: Problem, methods: Mapping[str, Mapping[str, dict]]) -> str:
@@ -180,16 +188,20 @@ def verdict(problem: Problem, must: Must, methods: Mapping[str, Mapping[str, dic
     if method not in methods or (must.limit is None and ADAM not in methods):
         return None
 
-    def figure(of: str, over: str) -> float:
-        found = scores(problem, methods[of], must.at, must.seconds).values()
-        values = [score.seconds if must.seconds else score.value for score in found]
-        return _median(values) if over == "median" else max(values)
-
     if must.limit is not None:
-        value, limit = figure(method, must.over), must.limit
-    else:  # of instances that both have, as medians: each of them is a median over seeds, or of orders
-        value, limit = figure(method, "median"), figure(ADAM, "median")
+        value, limit = _figure(problem, must, methods[method], must.over), must.limit
+    else:  # each as a median, of seeds or of orders
+        value, limit = (_figure(problem, must, methods[of], "median") for of in (method, ADAM))
     return Verdict(value, limit, value <= limit and math.isfinite(value))
+
+
+def _figure(problem: Problem, must: Must, rows: Mapping[str, dict], over: str) -> float:
+    """What is demanded of rows of one method: their median, or the worst."""
+    if not rows:
+        return math.inf
+    found = scores(problem, rows, must.at, must.seconds).values()
+    values = [score.seconds if must.seconds else score.value for score in found]
+    return _median(values) if over == "median" else max(values)
 
 
 def must_table(rows: Sequence[dict]) -> str:
@@ -203,7 +215,7 @@ def must_table(rows: Sequence[dict]) -> str:
         for must in problem.musts:
             concerned = must.methods or tuple(m for m in OURS if m in methods)
             found = {m: verdict(problem, must, methods, m) for m in present}
-            limit = next((v.limit for v in found.values() if v), math.inf if must.limit is None else must.limit)
+            limit = must.limit if must.limit is not None else _figure(problem, must, methods.get(ADAM, {}), "median")
             cells = []
             for method in present:
                 v = found[method]

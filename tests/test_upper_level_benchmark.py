@@ -311,6 +311,10 @@ def test_the_page_says_what_is_missed(monkeypatch):
     assert "| HOAG | 5.000 (5.000 to 5.000) | 4.330 (4.320 to 4.340) |" in text and "| stalled |" in text
     assert "5000: rate 0.01, accuracy 0.1, at an end of the rates tried" in text
     assert "1000: rate 0.03, accuracy 0.1;" in text
+    # 4.0, 4.6 and 4.2 with one cell; 4.0, 4.5 and 4.2 with one for each seed
+    one, each = [next(line for line in text.splitlines() if line.startswith(f"| Adam, best cell of each {what} ")) for
+                 what in ("column", "seed")]  # fmt: skip
+    assert "| 4.200 (4.000 to 4.600) |" in one and "| 4.200 (4.000 to 4.500) |" in each
 
 
 def test_what_was_not_measured_is_not_missed():

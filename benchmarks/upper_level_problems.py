@@ -226,10 +226,10 @@ def crr_crops(order: int = 0, count: int = 400) -> Setting:
 # ------------------------------------------------------------------------------------------- what else the library has
 
 
-def icnn_ct(seed: int = 0, size: int = 24) -> Setting:
+def icnn_ct(seed: int = 0, size: int = 16) -> Setting:
     """An input-convex network as regulariser of few-view tomography, by piggyback, as in examples/ct_icnn.py."""
     ct_icnn = _example("ct_icnn")
-    asked = SimpleNamespace(size=size, train=3, test=0, views=12, noise=2.0)
+    asked = SimpleNamespace(size=size, train=3, test=0, views=8, noise=2.0)
     A, norm, batch = ct_icnn.scans(asked, np.random.default_rng(seed))
     network = jb.regularizers.ICNN(hidden=4, outputs=2, boundary="zero")
     problem = jb.variational((1 / norm) * A, network, form="saddle")

@@ -147,11 +147,11 @@ PROBLEMS: dict[str, Problem] = {
         musts=tuple(Must(str(mark)) for mark in (20, 60, 150)),
     ),
     "icnn ct": Problem(
-        "An input-convex network for tomography by piggyback, 3 slices of 24 x 24: loss at marks of work",
+        "An input-convex network for tomography by piggyback, 3 slices of 16 x 16: loss at marks of work",
         _seeds(problems.icnn_ct, range(1)),
         grid((0.01, 0.03, 0.1), (0.1, 0.01)),
-        marks=(3000, 10_000, 30_000),
-        musts=tuple(Must(str(mark)) for mark in (3000, 10_000, 30_000)),
+        marks=(2000, 6000, 20_000),
+        musts=tuple(Must(str(mark)) for mark in (2000, 6000, 20_000)),
     ),
     "task adapted": Problem(
         "Total variation and the last layers of a small U-Net for segmentation: loss at marks of work",

@@ -85,11 +85,14 @@ def _median(values: Sequence[float]) -> float:
     return low if low == high else (low + high) / 2
 
 
-def on_edge(problem: Problem, label: str, found: Mapping[str, Score]) -> bool:
-    """Whether the best cell is at an end of the grid of rates, beyond which a better one may be."""
-    rates = sorted({cell.rate for cell in problem.cells})
-    used = {score.cell["rate"] for score in found.values() if score.cell}
-    return bool(used & {rates[0], rates[-1]})
+def on_edge(problem: Problem, label: str, found: Mapping[str, Score]) -> str:
+    """Which ends of the grid the best cells are at, beyond which better ones may be."""
+    ends = []
+    for what, shown in (("rate", "rates"), ("tol", "accuracies")):
+        tried = [getattr(cell, what) for cell in problem.cells if not cell.cosine]
+        used = {score.cell[what] for score in found.values() if score.cell and not score.cell["cosine"]}
+        ends += [shown] if used & {min(tried), max(tried)} else []
+    return " and ".join(ends)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -168,7 +171,7 @@ def grid_note(problem: Problem, rows: Mapping[str, dict]) -> str:
     for label in labels(problem):
         found = scores(problem, rows, label)
         cells = list(dict.fromkeys(str(Cell(**score.cell)) for score in found.values() if score.cell))
-        edge = ", at an end of the rates tried" if on_edge(problem, label, found) else ""
+        edge = f", at an end of the {ends} tried" if (ends := on_edge(problem, label, found)) else ""
         parts.append(f"{target(problem, label)}: {' | '.join(cells) or 'none'}{edge}")
     count = len(next(iter(rows.values()))["figures"]["cells"])
     return f"Adam's best of {count} cells: {'; '.join(parts)}.\n"
@@ -325,7 +328,7 @@ def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict
         column[0].set_title(instance, fontsize=9)
         _zoom(column, rows_of=[rows[instance] for rows in methods.values() if instance in rows])
     for axes in panels[:, 0]:
-        axes.set_ylabel("loss / least loss - 1" if row["figures"].get("goal") is not None else "loss")
+        axes.set_ylabel("loss / least loss - 1, best so far" if row["figures"].get("goal") is not None else "loss")
     handles = {label: h for h, label in zip(*panels[0, 0].get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(name, fontsize=10)
@@ -346,7 +349,7 @@ def _draw(axes, row: dict, method: str, place: int) -> None:
 
 
 def _zoom(column, rows_of: Sequence[dict]) -> None:
-    """Where the loss has no least value that is known: from the lowest curve to the start."""
+    """Where the loss has no least value that is known: from the lowest curve halfway to the start."""
     if rows_of[0]["figures"].get("goal") is not None:
         return
     curves = [cell["curve"] for row in rows_of for cell in row["figures"]["cells"] if "curve" in cell]
@@ -355,4 +358,4 @@ def _zoom(column, rows_of: Sequence[dict]) -> None:
     if values:
         start = number(rows_of[0]["figures"]["start"])
         low = min(values)
-        column[0].set_ylim(low - 0.03 * abs(start - low), start + 0.03 * abs(start - low))
+        column[0].set_ylim(low - 0.02 * abs(start - low), low + 0.5 * abs(start - low))

@@ -284,6 +284,7 @@ def test_every_start_has_its_own_cell():
     ]
     found = page.scores(PROBLEMS["logistic"], page.of(rows, "logistic")[ADAM], "0.001")
     assert [score.value for score in found.values()] == [36.0, 194.0]
+    assert page.on_edge(PROBLEMS["logistic"], "0.001", found) == "accuracies"  # 0.1 is the loosest tried
 
 
 def test_verdicts_by_limit_and_by_the_best_cell():
@@ -310,7 +311,7 @@ def test_the_page_says_what_is_missed(monkeypatch):
     assert "1 of 2 demands are met, **1 missed**." in text
     assert "| HOAG | 5.000 (5.000 to 5.000) | 4.330 (4.320 to 4.340) |" in text and "| stalled |" in text
     assert "5000: rate 0.01, accuracy 0.1, at an end of the rates tried" in text
-    assert "1000: rate 0.03, accuracy 0.1;" in text
+    assert "1000: rate 0.03, accuracy 0.1;" in text and "at an end of the accuracies" not in text
     # 4.0, 4.6 and 4.2 with one cell; 4.0, 4.5 and 4.2 with one for each seed
     one, each = [next(line for line in text.splitlines() if line.startswith(f"| Adam, best cell of each {what} ")) for
                  what in ("column", "seed")]  # fmt: skip

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common, upper_level_page
 from benchmarks.upper_level_problems import Setting
 from benchmarks.upper_level_runs import Aim, adam, run, sampled_adam
-from benchmarks.upper_level_table import ADAM, METHODS, PROBLEMS, SAMPLING, Problem
+from benchmarks.upper_level_table import ADAM, DRAWING, METHODS, ONLY, PROBLEMS, Problem
 
 NAME = "upper_level"
 TITLE = "Upper level: methods against the best of a grid of Adam"
@@ -51,9 +51,8 @@ def measure(args, recorder: common.Recorder) -> None:
         problem = PROBLEMS[name]
         instances = list(problem.instances.items())[: args.instances]
         for place, (instance, make) in enumerate(instances):
-            # without drawing samples, their order makes no difference
-            methods = [m for m in args.methods if not (problem.sampled and place and m not in (ADAM, *SAMPLING))]
-            methods = [m for m in methods if problem.sampled or m not in SAMPLING]
+            again = problem.sampled and place > 0
+            methods = [m for m in args.methods if name in ONLY.get(m, (name,)) and not (again and m not in DRAWING)]
             case = {"problem": name, "instance": instance, "held out": problem.held_out}
             left = [m for m in methods if not (args.skip and recorder.kept(case | {"method": m}))]
             if not left:

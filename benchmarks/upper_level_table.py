@@ -16,9 +16,11 @@ ADAM = "Adam"
 METHODS: dict[str, Callable] = {
     "MAID": jb.MAID,
     "HOAG": jb.HOAG,
+    "NBA": jb.NBA,
 }
 OURS = ("QuasiNewton", "Stochastic")  # without tuning: what `Must` is about
-SAMPLING = ("Stochastic",)  # those that draw samples themselves: only where there are many, in several orders
+DRAWING = (ADAM, "Stochastic")  # what draws samples; for all others the order of samples makes no difference
+ONLY = {"Stochastic": ("foe crops", "crr crops"), "NBA": ("wavelets",)}  # the problems of methods that are for some
 
 
 class Must(NamedTuple):

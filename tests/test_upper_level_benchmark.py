@@ -31,7 +31,7 @@ from benchmarks.upper_level_runs import (  # noqa: E402
     sampled_adam,
     shuffled,
 )
-from benchmarks.upper_level_table import ADAM, METHODS, PROBLEMS, Must, Problem  # noqa: E402
+from benchmarks.upper_level_table import ADAM, METHODS, ONLY, PROBLEMS, Must, Problem  # noqa: E402
 
 TRACES = []
 
@@ -240,6 +240,7 @@ def test_problems_demand_what_is_measured():
         assert not (problem.held_out and problem.musts)
         assert len(set(problem.cells)) == len(problem.cells)
     assert set(METHODS) <= set(page.COLOURS)
+    assert {name for names in ONLY.values() for name in names} <= set(PROBLEMS)
 
 
 def row(method, instance, cells, problem="foe", goal=None):

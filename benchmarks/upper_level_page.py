@@ -20,6 +20,16 @@ COLOURS = {
 PANELS = 3  # instances that are drawn of a problem
 
 
+EVERY = (
+    "### Every problem\n\nMedians over seeds, with the range. A dash: not reached. CPU seconds are those to the last "
+    "column of losses or work. Work to a target is that when it was first seen, even where the loss then rises again.\n"
+)
+DRAWN = (
+    "Adam gets batches of 16 crops and the last solution of each as its warm start; methods that compare values get all "
+    "of them at once. Losses are looked at whenever the work has grown by a twentieth.\n"
+)
+
+
 class Score(NamedTuple):
     """What a row has at a mark (its loss) or a target (the work), with the seconds, and the cell that has it."""
 
@@ -258,6 +268,7 @@ def section(rows: Sequence[dict], name: str) -> str:
         return ""
     parts = [f"**{name}.** {problem.title}.\n"]
     parts.append((seeds_table if problem.seeds and problem.marks else starts_table)(problem, methods))
+    parts += [DRAWN] if problem.sampled else []
     if ADAM in methods:
         parts.append(grid_note(problem, methods[ADAM]))
     return "\n".join(parts)
@@ -274,7 +285,7 @@ def render(rows: Sequence[dict]) -> str:
             "Adam's, it is that of the best cell at that very mark.\n",
             demands,
         ]
-    parts += ["### Every problem\n\nMedians over seeds, with the range. A dash: not reached.\n"]
+    parts += [EVERY]
     parts += [section(known, name) for name in ours]
     if any(of(known, name) for name in others):
         parts += [

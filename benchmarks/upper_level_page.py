@@ -25,8 +25,8 @@ EVERY = (
     "column of losses or work. Work to a target is that when it was first seen, even where the loss then rises again.\n"
 )
 DRAWN = (
-    "Adam gets batches of 16 crops and the last solution of each as its warm start; methods that compare values get all "
-    "of them at once. Losses are looked at whenever the work has grown by a twentieth.\n"
+    "Adam gets batches of 16 crops and the last solution of each as its warm start; methods that compare values "
+    "get all of them at once. Losses are looked at whenever the work has grown by a twentieth.\n"
 )
 
 

@@ -26,7 +26,7 @@ EVERY = (
 )
 DRAWN = (
     "Adam gets batches of 16 crops and the last solution of each as its warm start; methods that compare values "
-    "get all of them at once. Losses are looked at whenever the work has grown by a twentieth.\n"
+    "get all of them at once. Losses are looked at whenever the work has grown by 2 and by a twentieth.\n"
 )
 
 

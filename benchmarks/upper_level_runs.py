@@ -30,7 +30,7 @@ BEHIND = 0.15  # of the way from the start to the best cell: a cell of a grid th
 class Aim:
     """What a run is to tell: losses at ``marks`` of work, or work to ``targets``, {label: loss}.
 
-    every: by which work grows between two looks at targets. budget: work at which runs to targets end. seconds: of the
+    every: by which work grows between two looks at targets, after the first steps; least: by how much at least. budget: work at which runs to targets end. seconds: of the
     processor at which any run ends.
     """
 
@@ -38,6 +38,7 @@ class Aim:
     targets: Mapping[str, float] | None = None
     budget: float = np.inf
     every: float = 1.015
+    least: float = 0.0
     seconds: float = np.inf
 
 
@@ -102,7 +103,8 @@ class Watch:
                 self.why = "far behind"
         params = jax.tree.map(np.asarray, state.params)
         early = self.targets and self.count <= AT_FIRST
-        if (early or self.work > self.growth * self.seen) and (self.targets or before):
+        due = self.work > self.growth * self.seen
+        if (early or due) and self.work >= self.seen + self.aim.least and (self.targets or before):
             self.seen = self.work
             self.looks.append((self.work, now, self._reach(params, now) if self.targets else params))
         self.last = params

@@ -80,7 +80,7 @@ TV = grid((0.03, 0.1, 0.3, 1.0), (0.3, 0.1, 0.03, 0.01))
 FOE = grid((0.03, 0.01, 0.1), (0.1, 0.3, 0.03))
 LOGISTIC = grid((0.03, 0.1, 0.3, 1.0), (0.1, 0.01, 0.001))
 DECAYING = Cell(0.1, 0.3, 0.3, power=0.5, cosine=250)
-CROPS = (*grid((0.03, 0.1, 0.3), (0.3, 0.03)), DECAYING)
+CROPS = (DECAYING, *grid((0.1, 0.03, 0.3), (0.1,)), Cell(0.1, 0.01, 0.01))
 
 PROBLEMS: dict[str, Problem] = {
     "tv": Problem(

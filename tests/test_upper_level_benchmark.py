@@ -87,6 +87,12 @@ def test_targets_have_the_work_at_which_they_are_first_met():
     assert done.work == 25.0  # nothing is left to see
 
 
+def test_looks_are_apart_by_the_least_work():
+    values = [100, 90, 85, 80, 40, 40, 20, 20]
+    done, _ = watched(Aim(targets={"far": 45.0}, least=12.0), values)  # looks at 15 and 30, not at 20
+    assert done.reached == {"far": 30.0}
+
+
 def test_both_targets_may_be_met_at_once():
     done, _ = watched(Aim(targets={"a": 80.0, "b": 60.0}), [100, 50, 40])
     assert done.reached == {"a": 5.0, "b": 5.0}

@@ -30,8 +30,8 @@ BEHIND = 0.15  # of the way from the start to the best cell: a cell of a grid th
 class Aim:
     """What a run is to tell: losses at ``marks`` of work, or work to ``targets``, {label: loss}.
 
-    every: by which work grows between two looks at targets, after the first steps; least: by how much at least. budget: work at which runs to targets end. seconds: of the
-    processor at which any run ends.
+    every: by which work grows between two looks at targets, after the first steps; least: by how much at least.
+    budget: work at which runs to targets end. seconds: of the processor at which any run ends.
     """
 
     marks: Sequence[float] = ()

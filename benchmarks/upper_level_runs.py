@@ -151,6 +151,8 @@ def run(setting: Setting, method: jb.Method, judge: Judge, aim: Aim, batches=Non
     began = jb.fit(method, setting.start, batches, steps=1)  # compiles
     watch = Watch(setting, judge, aim, leader)
     found = jb.fit(method, setting.start, batches, steps=10**6, callback=watch, progress=False)
+    if found.status == jb.FitStatus.INTERRUPTED:
+        raise SystemExit(found.message)  # half a run is no row
     status, message = (found.status.name, found.message) if not watch.why else ("STOPPED", watch.why)
     done = watch.run(
         steps=found.steps, status=status, message=message, compile_seconds=began.compile_seconds, params=found.params

@@ -1,5 +1,6 @@
 """The benchmark of upper-level methods tells what runs did: marks, targets, grids and demands, on known losses."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -164,6 +165,18 @@ def test_fit_to_marks_and_targets():
     assert done.value == pytest.approx(exact(params), rel=1e-5)
     figures = json.loads(json.dumps(done.figures()))
     assert figures["reached"]["0.01"] == pytest.approx(done.work) and "marks" not in figures
+
+
+def test_half_a_run_is_no_row(monkeypatch):
+    setting = quadratic()
+    method, whole = jb.FirstOrder(setting.oracle, optax.sgd(0.2), tol=1e-2, adjoint_tol=1e-2), jb.fit
+
+    def interrupted(*arguments, **options):
+        return dataclasses.replace(whole(*arguments, **options), status=jb.FitStatus.INTERRUPTED)
+
+    monkeypatch.setattr(jb, "fit", interrupted)
+    with pytest.raises(SystemExit):
+        run(setting, method, setting.judge(), Aim(marks=(20,)))
 
 
 # -------------------------------------------------------------------------------------------------------------- grids

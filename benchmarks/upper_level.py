@@ -1,9 +1,11 @@
 """Which method for the upper level? Methods without tuning against the best of a grid of Adam, problem by problem.
-
 Every method starts at the same params and is judged by exact losses, from tight solves that are not counted. Work
 counts gradient-equivalents of the lower level per sample (values, gradients and Hessian products count one each);
 seconds are those of the processor, without compilation. Adam's best cell of rate and accuracy is picked for each mark
 by itself, with the figures that are compared: nobody can do that beforehand, so every comparison favours Adam.
+
+    python benchmarks/upper_level.py --keep --methods MAID --problems tv foe   # one method's rows again
+    python benchmarks/upper_level.py --keep --skip                             # what has no row yet
 """
 
 from __future__ import annotations

@@ -84,11 +84,11 @@ def scores(problem: Problem, rows: Mapping[str, dict], label: str, seconds: bool
     if not problem.seeds:
         return {name: min(column.values(), key=what) for name, column in columns.items()}
     everywhere = [cell for cell in next(iter(columns.values())) if all(cell in column for column in columns.values())]
-    best = min(everywhere, key=lambda cell: _median([what(column[cell]) for column in columns.values()]))
+    best = min(everywhere, key=lambda cell: median([what(column[cell]) for column in columns.values()]))
     return {name: column[best] for name, column in columns.items()}
 
 
-def _median(values: Sequence[float]) -> float:
+def median(values: Sequence[float]) -> float:
     """That of numbers some of which may be inf; NaN has no place here."""
     ordered = sorted(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
@@ -116,7 +116,7 @@ def shown(problem: Problem, value: float, label: str) -> str:
 
 def spread(problem: Problem, found: Mapping[str, Score], label: str) -> str:
     values = [score.value for score in found.values()]
-    text = shown(problem, _median(values), label)
+    text = shown(problem, median(values), label)
     if len(values) > 1:
         text += f" ({shown(problem, min(values), label)} to {shown(problem, max(values), label)})"
     return text
@@ -136,7 +136,7 @@ def seeds_table(problem: Problem, methods: Mapping[str, Mapping[str, dict]]) -> 
     lines = []
     for name, groups in named.items():  # within each, one cell serves all rows
         found = {label: _merged(scores(problem, rows, label) for rows in groups) for label in labels(problem)}
-        spent = seconds(_median([score.seconds for score in found[labels(problem)[-1]].values()]))
+        spent = seconds(median([score.seconds for score in found[labels(problem)[-1]].values()]))
         values = (spread(problem, found[label], label) for label in found)
         lines.append([name, *values, spent, ends(_merged(groups))])
     return table(header, lines)
@@ -214,7 +214,7 @@ def _figure(problem: Problem, must: Must, rows: Mapping[str, dict], over: str) -
         return math.inf
     found = scores(problem, rows, must.at, must.seconds).values()
     values = [score.seconds if must.seconds else score.value for score in found]
-    return _median(values) if over == "median" else max(values)
+    return median(values) if over == "median" else max(values)
 
 
 def must_table(rows: Sequence[dict]) -> str:

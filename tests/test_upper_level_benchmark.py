@@ -344,9 +344,9 @@ def test_what_was_not_measured_is_not_missed():
 
 
 def test_median_of_what_was_not_always_reached():
-    assert page._median([3.0, math.inf, 1.0]) == 3.0
-    assert page._median([3.0, 1.0]) == 2.0
-    assert math.isinf(page._median([1.0, math.inf])) and math.isinf(page._median([math.inf, math.inf]))
+    assert page.median([3.0, math.inf, 1.0]) == 3.0
+    assert page.median([3.0, 1.0]) == 2.0
+    assert math.isinf(page.median([1.0, math.inf])) and math.isinf(page.median([math.inf, math.inf]))
 
 
 def test_pictures_are_drawn_and_named_on_the_page(tmp_path):

@@ -263,10 +263,14 @@ class Sampled(jb.FirstOrder):
 
     def step(self, state, batch):
         following, info = jb.FirstOrder.step(self, state, batch)
-        passes = 1 + optax.tree.get(state.optimizer, "count") // self.epoch
-        then = 1 + optax.tree.get(following.optimizer, "count") // self.epoch
+        passes, then = (1 + _steps(s.optimizer) // self.epoch for s in (state, following))
         factor = (passes / then) ** self.power
         return replace(following, tol=factor * state.tol, adjoint_tol=factor * state.adjoint_tol), info
+
+
+def _steps(optimizer):
+    """That an optimiser has taken; a schedule counts them once more."""
+    return optax.tree.get_all_with_path(optimizer, "count")[0][1]
 
 
 def shuffled(setting: Setting, size: int = 16) -> Callable[[int], dict]:

@@ -226,9 +226,10 @@ def test_every_pass_holds_every_sample_once_in_an_order_of_its_own():
     assert list(other(0)["index"]) != list(batches(0)["index"])
 
 
-def test_accuracies_fall_with_the_passes():
+@pytest.mark.parametrize("rate", [0.01, optax.cosine_decay_schedule(0.01, 6)], ids=["constant", "cosine"])
+def test_accuracies_fall_with_the_passes(rate):
     setting = quadratic(np.arange(1.0, 9.0), start=0.5)
-    method = Sampled(setting.oracle, optax.adam(0.01), tol=0.4, adjoint_tol=0.2, epoch=2, power=0.5)
+    method = Sampled(setting.oracle, optax.adam(rate), tol=0.4, adjoint_tol=0.2, epoch=2, power=0.5)
     history = jb.fit(method, setting.start, shuffled(setting, 4), steps=6).history
     passes = np.array([1, 1, 2, 2, 3, 3])
     np.testing.assert_allclose(history["tol"], 0.4 / np.sqrt(passes), rtol=1e-5)

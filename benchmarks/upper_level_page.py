@@ -316,6 +316,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
 def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict]]) -> Any:
     """Loss (or its distance to the least) against work and against seconds, a column for each instance."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     instances = list(dict.fromkeys(instance for rows in methods.values() for instance in rows))[:PANELS]
     figure = Figure(figsize=(1.2 + 2.6 * len(instances), 5.0), layout="constrained")
@@ -330,6 +331,8 @@ def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict
             goal = row["figures"].get("goal") is not None
             axes.set(xscale="log", xlabel=what, yscale="log" if goal else "linear")
             axes.grid(alpha=0.25)
+            for axis in (axes.xaxis, *((axes.yaxis,) if goal else ())):
+                axis.set_minor_formatter(NullFormatter())  # within a decade or two they would overlap
             if goal:
                 axes.set_ylim(3e-4, None)
         for mark in problem.marks:

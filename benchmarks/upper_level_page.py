@@ -95,11 +95,12 @@ def median(values: Sequence[float]) -> float:
     return low if low == high else (low + high) / 2
 
 
-def on_edge(problem: Problem, label: str, found: Mapping[str, Score]) -> str:
-    """Which ends of the grid the best cells are at, beyond which better ones may be."""
+def on_edge(rows: Mapping[str, dict], found: Mapping[str, Score]) -> str:
+    """Which ends of the grid that was tried the best cells are at, beyond which better ones may be."""
     ends = []
+    constant = [cell["cell"] for row in rows.values() for cell in row["figures"]["cells"] if not cell["cell"]["cosine"]]
     for what, shown in (("rate", "rates"), ("tol", "accuracies")):
-        tried = [getattr(cell, what) for cell in problem.cells if not cell.cosine]
+        tried = [cell[what] for cell in constant]
         used = {score.cell[what] for score in found.values() if score.cell and not score.cell["cosine"]}
         ends += [shown] if used & {min(tried), max(tried)} else []
     return " and ".join(ends)
@@ -181,7 +182,7 @@ def grid_note(problem: Problem, rows: Mapping[str, dict]) -> str:
     for label in labels(problem):
         found = scores(problem, rows, label)
         cells = list(dict.fromkeys(str(Cell(**score.cell)) for score in found.values() if score.cell))
-        edge = f", at an end of the {ends} tried" if (ends := on_edge(problem, label, found)) else ""
+        edge = f", at an end of the {ends} tried" if (ends := on_edge(rows, found)) else ""
         parts.append(f"{target(problem, label)}: {' | '.join(cells) or 'none'}{edge}")
     count = len(next(iter(rows.values()))["figures"]["cells"])
     return f"Adam's best of {count} cells: {'; '.join(parts)}.\n"
@@ -316,6 +317,7 @@ def figures(rows: Sequence[dict], folder: Path) -> None:
 def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict]]) -> Any:
     """Loss (or its distance to the least) against work and against seconds, a column for each instance."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     instances = list(dict.fromkeys(instance for rows in methods.values() for instance in rows))[:PANELS]
     figure = Figure(figsize=(1.2 + 2.6 * len(instances), 5.0), layout="constrained")
@@ -330,6 +332,8 @@ def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict
             goal = row["figures"].get("goal") is not None
             axes.set(xscale="log", xlabel=what, yscale="log" if goal else "linear")
             axes.grid(alpha=0.25)
+            for axis in (axes.xaxis, *((axes.yaxis,) if goal else ())):
+                axis.set_minor_formatter(NullFormatter())  # within a decade or two they would overlap
             if goal:
                 axes.set_ylim(3e-4, None)
         for mark in problem.marks:

@@ -305,7 +305,17 @@ def test_every_start_has_its_own_cell():
     ]
     found = page.scores(PROBLEMS["logistic"], page.of(rows, "logistic")[ADAM], "0.001")
     assert [score.value for score in found.values()] == [36.0, 194.0]
-    assert page.on_edge(PROBLEMS["logistic"], "0.001", found) == "accuracies"  # 0.1 is the loosest tried
+    own = page.of(rows, "logistic")[ADAM]
+    assert page.on_edge(own, found) == "rates and accuracies"  # both rates and the one accuracy are ends
+
+
+def test_ends_of_a_grid_are_those_that_were_tried():
+    cells = [{"cell": cell._asdict()} for cell in (*grid((0.1, 0.3, 1.0), (0.1, 0.01, 0.001)), Cell(9, 9, 9, cosine=5))]
+    rows = {"seed 0": {"figures": {"cells": cells}}}
+    shown = {(0.3, 0.01): "", (0.1, 0.01): "rates", (0.3, 0.001): "accuracies", (1.0, 0.1): "rates and accuracies"}
+    for (rate, tol), ends in shown.items():
+        assert page.on_edge(rows, {"seed 0": page.Score(1.0, 1.0, Cell(rate, tol, tol)._asdict())}) == ends
+    assert page.on_edge(rows, {"seed 0": page.Score(1.0, 1.0, cells[-1]["cell"]), "seed 1": page.NONE}) == ""
 
 
 def test_verdicts_by_limit_and_by_the_best_cell():
@@ -331,8 +341,8 @@ def test_the_page_says_what_is_missed(monkeypatch):
     assert "| foe | loss at 5000, worst | 4.260 | 4.200: met |" in text
     assert "1 of 2 demands are met, **1 missed**." in text
     assert "| HOAG | 5.000 (5.000 to 5.000) | 4.330 (4.320 to 4.340) |" in text and "| stalled |" in text
-    assert "5000: rate 0.01, accuracy 0.1, at an end of the rates tried" in text
-    assert "1000: rate 0.03, accuracy 0.1;" in text and "at an end of the accuracies" not in text
+    assert "5000: rate 0.01, accuracy 0.1, at an end of the rates and accuracies tried" in text
+    assert "1000: rate 0.03, accuracy 0.1, at an end" in text
     # 4.0, 4.6 and 4.2 with one cell; 4.0, 4.5 and 4.2 with one for each seed
     one, each = [next(line for line in text.splitlines() if line.startswith(f"| Adam, best cell of each {what} ")) for
                  what in ("column", "seed")]  # fmt: skip

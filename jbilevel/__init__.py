@@ -33,10 +33,10 @@ from jbilevel._core.results import check as check
 from jbilevel._method.base import Method as Method
 from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import Oracle as Oracle
-from jbilevel._oracle.base import Sample as Sample
 from jbilevel._oracle.kinds import ForwardOracle as ForwardOracle
 from jbilevel._oracle.kinds import PullBackOracle as PullBackOracle
 from jbilevel._oracle.pipeline import AdjointOracle as AdjointOracle
+from jbilevel._oracle.samples import Sample as Sample
 from jbilevel._views.base import Problem as Problem
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView
@@ -55,6 +55,7 @@ from jbilevel.problems.weighted_l1 import WeightedL1Problem as WeightedL1Problem
 from jbilevel.regularizers.base import Regularizer as Regularizer
 from jbilevel.solvers import solve as solve
 from jbilevel.solvers.base import Solver as Solver
+from jbilevel.stochastic import Stochastic as Stochastic
 from jbilevel.task import TaskAdapted as TaskAdapted
 from jbilevel.task import task_adapted as task_adapted
 from jbilevel.training import FitResult as FitResult
@@ -112,6 +113,7 @@ __all__ = [
     "solvers",
     "Status",
     "StepInfo",
+    "Stochastic",
     "task",
     "task_adapted",
     "TaskAdapted",

@@ -142,6 +142,7 @@ SAID = [
         "MAID(implicit.Oracle(...), projection=box, window=0.5)",
     ),
     (jb.HOAG(EXACT), "HOAG(explicit.Oracle(network))"),
+    (jb.Stochastic(EXACT, ADAM), f"Stochastic(explicit.Oracle(network), {ADAM_SAID})"),
     (jb.NBA(EXACT), "NBA(explicit.Oracle(network))"),
     (jb.FirstOrder(EXACT, ADAM, tol=1e-3), f"FirstOrder(explicit.Oracle(network), {ADAM_SAID}, tol=0.001)"),
     (

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jbilevel._core import trees
 from jbilevel._core.validate import arrays
@@ -49,6 +50,19 @@ def project(projection, params):
     params = arrays(params, "params")
     params = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), params)
     return params if projection is None else trees.cast_like(projection(params), params)
+
+
+class Moved(NamedTuple):
+    params: Any
+    optimizer: Any  # optax state
+    step: Any  # length of the update
+
+
+def optax_step(optimizer, projection, params, memory, hg) -> Moved:
+    """P(params + update) of an optimiser of optax, which sees gradient, params and, where it reads it, the value."""
+    update = optax.with_extra_args_support(optimizer).update
+    updates, memory = update(hg.grad, memory, params, value=hg.value)
+    return Moved(project(projection, optax.apply_updates(params, updates)), memory, optax.tree.norm(updates))
 
 
 def projected_step(projection, params, grad, step):

@@ -45,13 +45,13 @@ from jbilevel._views.weighted_l1 import WeightedL1View as WeightedL1View
 from jbilevel.first_order import FirstOrder as FirstOrder
 from jbilevel.hoag import HOAG as HOAG
 from jbilevel.maid import MAID as MAID
-from jbilevel.quasi_newton import QuasiNewton as QuasiNewton
 from jbilevel.nba import NBA as NBA
 from jbilevel.problems.saddle import SaddleProblem as SaddleProblem
 from jbilevel.problems.saddle import image_of as image_of
 from jbilevel.problems.smooth import SmoothProblem as SmoothProblem
 from jbilevel.problems.variational import variational as variational
 from jbilevel.problems.weighted_l1 import WeightedL1Problem as WeightedL1Problem
+from jbilevel.quasi_newton import QuasiNewton as QuasiNewton
 from jbilevel.regularizers.base import Regularizer as Regularizer
 from jbilevel.solvers import solve as solve
 from jbilevel.solvers.base import Solver as Solver

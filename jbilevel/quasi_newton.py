@@ -1,4 +1,4 @@
-"""Quasi-Newton descent with probed accuracy: no tolerance, rate or schedule has to be chosen."""
+"""Quasi-Newton descent with probed accuracies: no tolerance, step length or schedule has to be chosen."""
 
 from __future__ import annotations
 
@@ -12,107 +12,123 @@ from jax.flatten_util import ravel_pytree
 
 from jbilevel._core import trees
 from jbilevel._core.results import StepInfo, acceptable
-from jbilevel._method import lbfgs, steps
+from jbilevel._method import excursion, lbfgs, probing, steps
 from jbilevel._method.base import Method, MethodState, compiled
+from jbilevel._method.excursion import Excursion, Jam
+from jbilevel._method.probing import BOTH, DELTA, EPS, FACTOR, Accuracy
+from jbilevel._oracle.batches import finite_mean
 
 __all__ = ["QuasiNewton", "QuasiNewtonState"]
 
 # what the next hypergradient is for
-FIRST, START, TRIAL, CLOSER, PROBE, WANDER = range(6)
-EPS, DELTA, BOTH = range(3)  # what a probe refines
+FIRST, START, TRIAL, CLOSER, PROBE, EXCURSION = range(6)
 
-import os
-def C(name, default): return float(os.environ.get(name, default))
-STALE=C('STALE',1)
-JAM=C('JAM',.4); JAMD=C('JAMD',.8); BETA=C('BETA',.3); B1=C('B1',.9); B2=C('B2',.99); WR=C("WR",.3); BACK=C('BACK',1e9); JAMR=C('JAMR',.1); IDLE=C('IDLE',15); GIVEUP=C('GIVEUP',.5); GIVER=C('GIVER',.3); CLEAR=C('CLEAR',0); RR=C('RR',1)
-GF=C('GF',1.5); GFR=C('GFR',.7); GFM=C('GFM',.1); PROP=C('PROP',0)
-STALE_SET=C('STALE_SET',0)
-FIRST_ACCURACY = 0.1  # of the scales at the cold start
 FIRST_RADIUS = 0.1  # of the norm of params
-START_FACTOR = C('START_FACTOR', 10.0)  # by which accuracies are refined until the gradient stays
-START_CAP = C('START_CAP', 3.0)  # cost of a refinement at the start, against all work before, that ends it
-STARTS = 12
-MOVED, STAYED = C('MOVED',0.3), C('STAYED',0.1)  # share by which a probe moves the gradient: tighten above, loosen below
-FACTOR = C('FACTOR', 3.0)  # of a probe
+GROW = 1.5  # of the radius, where the slope ahead is still this share of the one before
+STEEP = 0.5
+TURNED = -0.9  # share below which the step went too far
 ARMIJO = 1e-3
-GROW = C('GROW', 1.5)  # of the radius
-GAP, LONGEST_GAP, SHORT_GAP = int(C('GAP',10)), 40, 2  # accepted steps between probes
 RECENT = 4  # values, the largest of which a trial has to get below
-TRAIL = 20  # points from which secants are taken
-FORGET = C('FORGET', 0.97)  # of the length of secants, at each step
-TRAPEZOID = C('TRAPEZOID', 0.5)  # mismatch of value and slopes that calls for a probe
-NOISY = C('NOISY', 2.0)  # changes of the value in the last probe that a trial may hide in, until it is looked at closer
-FAILURES = 30
+NOISY = 2.0  # changes of the value in the last probe that a trial may hide in, until it is looked at closer
+NOISE = 0.3  # of the decrease that a slope promises, which a look closer leaves
+TRAPEZOID = 0.5  # mismatch of values and slopes that calls for a probe
+APART = 2  # accepted steps between such probes
+STALE = 1.0  # mean steps of a solve below which its solution is still that of the point before
+SUSPECT, FAILURES = 3, 30  # rejected trials in a row: after so many, and every 6, accuracies are probed; the end
+WRONG = 5  # trials in a row whose values contradict the slopes at both ends
+REDUCED = 1e-2  # of the radius: the length by which a reduced gradient is measured
 
 
 class Point(NamedTuple):
-    """What is known at one point: the value without its first-order error, and what of the gradient can move it."""
+    """What is known at one point."""
 
     at: Any  # flat params
-    value: Any
-    slope: Any  # flat reduced gradient
+    value: Any  # without its first-order error
+    slope: Any  # flat: what of the hypergradient can move params
     raw: Any  # value as the oracle gives it
     grad_norm: Any
-    error: Any
+    error: Any  # of the hypergradient
     bound: Any  # proven, of the raw value
-    lower: Any  # accuracies that were attained
+    lower: Any  # errors that were attained, mean over samples
     adjoint: Any
-    moves: Any  # mean steps of the two solves
-    adjoint_moves: Any
+    steps: Any  # of the lower-level solve, mean over samples
     status: Any
-    work: Any  # spent on it
+    work: Any
+
+    @property
+    def finite(self):
+        return jnp.isfinite(self.value) & jnp.all(jnp.isfinite(self.slope))
+
+    @property
+    def size(self):
+        return jnp.linalg.norm(self.slope)
 
 
 class QuasiNewtonState(MethodState):
+    """params: the best point so far, from which the next trial starts unless an excursion is under way."""
+
     phase: Any  # what the next hypergradient is for
-    kind: Any  # what a probe refines: eps, delta or both
     target: Any  # flat params where it is taken
-    eps: Any  # accuracies in force
-    delta: Any
-    point: Point  # the current one
+    accuracy: Accuracy
+    point: Point  # where the next trial starts
     kept: Any  # its warm start
     other: Point  # a trial that is looked at closer
+    best: Point
     radius: Any
-    length: Any  # of the step to the target, as a share of the direction, times its norm
+    length: Any  # of the way to the target, before its projection
     limited: Any  # whether the radius bounds it
-    noise: Any  # change of the value in the last probe
     memory: lbfgs.Memory
-    trail: Any  # (TRAIL, p) points, newest first
-    slopes: Any  # and their gradients
-    behind: Any  # how many there are
-    recent: Any  # last values
-    secant: Any  # length of secants
+    trail: lbfgs.Trail
+    recent: Any  # last values, the newest first
+    highest: Any  # value at the start
+    jam: Jam
+    excursion: Excursion
     taken: Any  # accepted steps
     failures: Any  # rejected trials since the last one
-    need: Any  # noise that a probe must not exceed
-    next_probe: Any
-    last_probe: Any
-    gap: Any
-    turn: Any  # which accuracy is probed next
-    starts: Any
-    work: Any
-    probed_at: Any  # work spent until the last probe
-    cost: Any  # of the last probe of each kind
-    wander: Any
-    jam: Any
-    momentum: Any
-    squares: Any
-    beats: Any
-    best: Point
-    longest: Any
-    free: Any
-    free_eps: Any
-    free_delta: Any
-    highest: Any
-    steepest: Any
-    idle: Any
+    contradictions: Any  # of them, in a row, whose values contradict their slopes
+    starts: Any  # refinements before the first step
+    spent: Any  # work
     done: Any
-    stationary: Any
 
 
 @dataclass(frozen=True)
 class QuasiNewton(Method):
-    """Limited-memory BFGS whose accuracies are set by probing how far the hypergradient moves."""
+    """Limited-memory BFGS on hypergradients whose accuracies are set by probing. Nothing has to be tuned.
+
+    Each step asks for ONE hypergradient: of a trial, of a trial again (closer), or of the current params (a probe).
+
+    - Accuracy: before the first step eps, and then delta, are refined tenfold until the hypergradient stays. Later, now
+      and then, one of them is refined threefold from what was attained: above a move of 50 % it is tightened, below
+      20 % loosened. It never follows from the decrease that a step is expected to bring.
+    - Direction: L-BFGS with H0 = gamma/RMS of past gradients, Powell's damping, and pairs over long secants. Its length
+      is bounded by a radius that follows the ratio of the slopes at both ends of a step.
+    - Values, without their first-order error, only veto: a trial has to get below the largest of the last four. One
+      that passes within the noise only, or whose solve found nothing to do, is looked at closer. Where values and
+      slopes disagree (trapezoidal rule), accuracies are probed.
+    - Excursions: where steps overshoot again and again though the gradient stays, as at kinks, long steps are taken
+      along averaged gradients, whatever the values are; params stay the best point.
+
+    Args:
+      oracle: any hypergradient oracle.
+      projection: ``params -> params`` onto a convex feasible set.
+      certified: accept a step only where proven bounds on the values show that the exact value decreases (Armijo), and
+        refine until they do; no excursions. Needs the constants of the problem.
+      pairs: of L-BFGS. The state holds 2 pairs + 50 vectors of the size of params, and two warm starts of the batch.
+      log_error: see `jb.Method`.
+
+    Raises:
+      TypeError: ``oracle`` is no `jb.Oracle`. ValueError: ``pairs`` is not positive, or with ``certified`` the oracle
+        proves no error of its values (the message says what to pass).
+
+    >>> import jbilevel as jb, jax.numpy as jnp
+    >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
+    >>> oracle = problem.oracle(lambda p, x, d: 0.5 * (x - 3.0) ** 2)
+    >>> result = jb.fit(QuasiNewton(oracle), jnp.array(1.0), jnp.array([2.0]), steps=12)  # x_hat = 2 p
+    >>> round(float(result.params), 2)
+    1.5
+
+    Reference: the rule is ours; L-BFGS is that of Nocedal & Wright (2006), chapter 7.
+    """
 
     _: KW_ONLY
     projection: Callable | None = None
@@ -121,139 +137,144 @@ class QuasiNewton(Method):
 
     compares_values = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.pairs >= 1:
+            raise ValueError(f"`pairs` of QuasiNewton must be at least 1, got {self.pairs}.")
+        if self.certified and (missing := self.oracle.missing(True)) is not None:
+            raise ValueError(f"QuasiNewton needs proven errors of upper-level values; pass {missing}.")
+
     def init(self, params, batch) -> QuasiNewtonState:
         params = steps.project(self.projection, params)
-        first = steps.first_tolerances(self.asked, params, batch, FIRST_ACCURACY)
+        first = steps.first_tolerances(self.asked, params, batch, probing.FIRST)
         flat = ravel_pytree(params)[0]
-        zero, none = jnp.zeros((), flat.dtype), jnp.zeros((), jnp.int32)
-        infinite, no = jnp.full_like(zero, jnp.inf), jnp.asarray(False)
+        zero, none, no = jnp.zeros((), flat.dtype), jnp.zeros((), jnp.int32), jnp.asarray(False)
         size = jnp.linalg.norm(flat)
-        point = Point(
-            at=flat, value=infinite, slope=jnp.zeros_like(flat), raw=infinite, grad_norm=infinite, error=infinite,
-            bound=infinite, lower=zero, adjoint=zero, moves=zero, adjoint_moves=zero,
-            status=none, work=zero,
+        infinite, nothing = jnp.full_like(zero, jnp.inf), jnp.zeros_like(flat)
+        nowhere = Point(
+            at=flat, value=infinite, slope=nothing, raw=infinite, grad_norm=infinite, error=infinite, bound=infinite,
+            lower=zero, adjoint=zero, steps=zero, status=none, work=zero,
         )  # fmt: skip
-        trail = jnp.zeros((TRAIL, flat.size), flat.dtype)
         warm = self.oracle.init(params, batch)
+        fits = lambda tol: tol.astype(flat.dtype)  # noqa: E731
         return QuasiNewtonState(
-            params=params, warm=warm, tol=first.tol, adjoint_tol=first.adjoint_tol, phase=none, kind=none, target=flat,
-            eps=first.tol, delta=first.adjoint_tol, point=point, kept=warm, other=point,
-            radius=FIRST_RADIUS * jnp.where(size > 0, size, 1.0), length=zero, limited=no, noise=zero,
-            memory=lbfgs.empty(flat, self.pairs), trail=trail, slopes=trail, behind=none,
-            recent=jnp.full((RECENT,), -jnp.inf, flat.dtype), secant=zero, taken=none, failures=none, need=infinite,
-            next_probe=none + GAP, last_probe=none - 9, gap=none + GAP, turn=none + EPS, starts=none, work=zero,
-            probed_at=zero, cost=jnp.zeros((2,), flat.dtype), done=no, stationary=no,
-            wander=no, jam=zero, momentum=jnp.zeros_like(flat), squares=jnp.zeros_like(flat), beats=none, best=point, longest=zero, free=zero, free_eps=zero, free_delta=zero, highest=zero, steepest=zero, idle=none,
+            params=params, warm=warm, tol=fits(first.tol), adjoint_tol=fits(first.adjoint_tol), phase=none + FIRST,
+            target=flat, accuracy=Accuracy.first(fits(first.tol), fits(first.adjoint_tol)), point=nowhere, kept=warm,
+            other=nowhere, best=nowhere, radius=FIRST_RADIUS * jnp.where(size > 0, size, 1.0), length=zero, limited=no,
+            memory=lbfgs.empty(flat, self.pairs), trail=lbfgs.Trail.at(flat, nothing),
+            recent=jnp.full((RECENT,), -jnp.inf, flat.dtype), highest=infinite, jam=Jam.none(zero),
+            excursion=Excursion.none(flat), taken=none, failures=none, contradictions=none, starts=none, spent=zero,
+            done=no,
         )  # fmt: skip
 
     @compiled
     def step(self, state: QuasiNewtonState, batch) -> tuple[QuasiNewtonState, StepInfo]:
         seen, warm = self._look(state, batch)
-        before = state
-        state = replace(state, work=state.work + seen.work, warm=warm)
-        branches = (self._first, self._start, self._trial, self._closer, self._probe, self._wander)
-        state = jax.lax.switch(before.phase, branches, state, seen)
-        state = self._jammed(before, state)
-        state = jax.lax.cond(state.phase == TRIAL, self._propose, lambda state: state, state)
-        at = state.point
-        better = at.value < state.best.value - jnp.where(state.wander, state.noise, 0.)
-        best = _where(better | ~state.wander, at, state.best)
-        idle = jnp.where(better | ~state.wander, 0, state.idle + 1)
-        state = replace(state, best=best, idle=idle, params=ravel_pytree(state.params)[1](best.at))
-        return state, self._told(before, state, seen)
+        branches = (self._first, self._start, self._trial, self._closer, self._probe, self._away)
+        following = replace(state, spent=state.spent + seen.work, warm=warm)
+        following = jax.lax.switch(state.phase, branches, following, seen)
+        following = following if self.certified else self._around_jams(state, following)
+        following = jax.lax.cond(following.phase == TRIAL, self._next, lambda state: state, following)
+        following = self._with_best(following)
+        return following, self._told(state, following, seen)
 
-    def _look(self, state: QuasiNewtonState, batch):
+    def _look(self, state: QuasiNewtonState, batch) -> tuple[Point, Any]:
         unravel = ravel_pytree(state.params)[1]
         hg = self.asked(unravel(state.target), batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
-        gradient = ravel_pytree(hg.grad)[0]
-        size = jnp.linalg.norm(gradient)
-        if self.projection is None:
-            slope = gradient
-        else:
-            h = 1e-2 * state.radius / jnp.where(size > 0, size, 1.0)
-            slope = (state.target - self._project(state, state.target - h * gradient)) / h
-        lower = jnp.where(jnp.isfinite(hg.lower.error), hg.lower.error, hg.lower.residual)
-        fits = lambda v: jnp.asarray(v, state.radius.dtype)  # noqa: E731
-        point = Point(
-            at=state.target, value=fits(hg.value - hg.shift), slope=slope, raw=fits(hg.value), grad_norm=fits(size),
-            error=fits(hg.error), bound=fits(hg.value_bound), lower=fits(jnp.mean(lower)),
-            adjoint=fits(jnp.mean(hg.adjoint.residual)), moves=fits(jnp.mean(hg.lower.steps)),
-            adjoint_moves=fits(jnp.mean(hg.adjoint.steps)), status=hg.status, work=fits(hg.work),
-        )  # fmt: skip
-        return point, hg.warm
+        slope = ravel_pytree(hg.grad)[0]
+        size = jnp.linalg.norm(slope)
+        if self.projection is not None:
+            h = REDUCED * state.radius / jnp.where(size > 0, size, 1.0)
+            slope = (state.target - self._project(state, state.target - h * slope)) / h
+        attained = jnp.where(jnp.isfinite(hg.lower.error), hg.lower.error, hg.lower.residual)
+        numbers = {
+            "value": hg.value - hg.shift, "raw": hg.value, "grad_norm": size, "error": hg.error,
+            "bound": hg.value_bound, "lower": finite_mean(attained), "adjoint": finite_mean(hg.adjoint.residual),
+            "steps": jnp.mean(hg.lower.steps), "work": hg.work,
+        }  # fmt: skip
+        numbers = {name: jnp.asarray(number, state.radius.dtype) for name, number in numbers.items()}
+        return Point(at=state.target, slope=slope, status=hg.status.astype(jnp.int32), **numbers), hg.warm
 
     def _project(self, state, flat):
         if self.projection is None:
             return flat
         return ravel_pytree(steps.project(self.projection, ravel_pytree(state.params)[1](flat)))[0]
 
-    # ------------------------------------------------------------------------------------------- the start
+    # --------------------------------------------------------------------------------------------------- the start
 
     def _first(self, state, seen: Point):
         state = replace(state, point=seen, kept=state.warm)
-        return self._starting(state, EPS)
+        return self._begun(state) if self.oracle.exact else self._starting(state, EPS)
 
     def _starting(self, state, kind):
-        """The next hypergradient refines one accuracy tenfold; both where nothing is seen yet."""
-        unseen = jnp.linalg.norm(state.point.slope) == 0
-        kind = jnp.where(unseen, BOTH, kind)
-        eps = jnp.where(kind == DELTA, state.eps, state.eps / START_FACTOR)
-        delta = jnp.where(kind == EPS, state.delta, state.delta / START_FACTOR)
-        return self._refined(state, START, kind, eps, delta)
+        """The next hypergradient refines one accuracy tenfold, or both where nothing is seen yet."""
+        kind, accuracy = jnp.where(state.point.size == 0, BOTH, kind), state.accuracy
+        eps = jnp.where(kind == DELTA, 1.0, 1 / probing.START_FACTOR) * accuracy.eps
+        delta = jnp.where(kind == EPS, 1.0, 1 / probing.START_FACTOR) * accuracy.delta
+        return self._here(state, START, accuracy._replace(kind=kind.astype(jnp.int32)), eps, delta)
 
     def _start(self, state, seen: Point):
-        """Finer accuracies until a ten times better one changes the gradient little, or costs too much."""
-        size = jnp.linalg.norm(seen.slope)
+        """Accuracies are good enough once a tenfold better one changes the gradient little, or costs too much."""
+        accuracy, starts, size = state.accuracy, state.starts + 1, seen.size
         moved = jnp.linalg.norm(seen.slope - state.point.slope)
-        spent = state.work - seen.work
-        kind = state.kind
-        enough = ((moved <= MOVED * size) | (seen.work > START_CAP * spent)) & (size > 0)
-        noise = jnp.where(kind == DELTA, state.noise, jnp.abs(seen.value - state.point.value))
-        starts = state.starts + 1
-        state = replace(state, point=seen, kept=state.warm, noise=noise, starts=starts,
-            eps=jnp.where(enough | (kind == DELTA), state.eps, state.eps / START_FACTOR),
-            delta=jnp.where(enough | (kind == EPS), state.delta, state.delta / START_FACTOR))
-        again = self._starting(state, jnp.where(enough & (kind == EPS), DELTA, kind))
-        enough = (enough & (kind != EPS)) | (starts >= STARTS)
-        begun = replace(
-            state,
-            phase=jnp.full_like(state.phase, TRIAL),
-            recent=state.recent.at[0].set(seen.value),
-            trail=state.trail.at[0].set(seen.at),
-            slopes=state.slopes.at[0].set(seen.slope),
-            behind=jnp.ones_like(state.behind),
-            probed_at=state.work, free_eps=state.eps, free_delta=state.delta, highest=seen.value,
+        dear = seen.work > probing.START_CAP * (state.spent - seen.work)
+        enough = ((moved <= probing.MOVED * size) | dear) & (size > 0)
+        kind = accuracy.kind
+        change = jnp.abs(seen.value - state.point.value)
+        accuracy = accuracy._replace(
+            eps=jnp.where(enough | (kind == DELTA), accuracy.eps, state.tol),
+            delta=jnp.where(enough | (kind == EPS), accuracy.delta, state.adjoint_tol),
+            noise=jnp.where(kind == DELTA, accuracy.noise, change),
         )
-        return _where(enough, begun, again)
+        state = replace(state, point=seen, kept=state.warm, starts=starts, accuracy=accuracy)
+        over = (enough & (kind != EPS)) | (starts >= probing.STARTS) | ~seen.finite
+        again = self._starting(state, jnp.where(enough, DELTA, kind))
+        return trees.where(over, self._begun(state), again)
 
-    def _refined(self, state, phase, kind, eps, delta):
-        """The state whose next hypergradient is taken at the current point, at other accuracies."""
+    def _begun(self, state):
+        point = state.point
+        return replace(
+            self._trying(state),
+            recent=state.recent.at[0].set(point.value),
+            trail=lbfgs.Trail.at(point.at, point.slope),
+            highest=point.value,
+            best=point,
+        )
+
+    def _here(self, state, phase, accuracy: Accuracy, eps, delta):
+        """The next hypergradient is taken at the current point, with other accuracies."""
         return replace(
             state,
             phase=jnp.full_like(state.phase, phase),
-            kind=jnp.full_like(state.kind, kind),
+            accuracy=accuracy,
             target=state.point.at,
             warm=state.kept,
             tol=eps,
             adjoint_tol=delta,
         )
 
-    # ------------------------------------------------------------------------------------------ trials
+    def _trying(self, state):
+        return replace(state, phase=jnp.full_like(state.phase, TRIAL))
 
-    def _propose(self, state):
-        return jax.lax.cond(state.wander, self._free, self._modelled, state)
+    # ----------------------------------------------------------------------------------------------------- trials
+
+    def _next(self, state):
+        """The next trial, or step of an excursion."""
+        if self.certified:
+            state = self._modelled(state)
+        else:
+            state = jax.lax.cond(state.excursion.on, self._averaged, self._modelled, state)
+        accuracy = state.accuracy
+        return replace(state, tol=accuracy.eps, adjoint_tol=accuracy.delta, warm=state.kept)
 
     def _modelled(self, state):
-        """The next trial: along the direction of the model, as far as the radius allows."""
+        """Along the direction of the model, as far as the radius allows."""
         slope = state.point.slope
-        memory = jax.lax.cond(
-            state.failures == 0, lambda memory: lbfgs.saw(memory, slope), lambda memory: memory, state.memory
-        )
+        memory = trees.where(state.failures == 0, lbfgs.saw(state.memory, slope), state.memory)
         d = lbfgs.direction(memory, slope)
         d = jnp.where(slope @ d < 0, d, -slope)
         size = jnp.linalg.norm(d)
-        share = state.radius / jnp.where(size > 0, size, 1.0)
-        free = memory.count == 0
+        share, free = state.radius / jnp.where(size > 0, size, 1.0), memory.count == 0
         share = jnp.where(free, share, jnp.minimum(1.0, share))
         target = self._project(state, state.point.at + share * d)
         return replace(
@@ -262,75 +283,32 @@ class QuasiNewton(Method):
             target=target,
             length=share * size,
             limited=free | (state.radius < size),
-            tol=state.eps,
-            adjoint_tol=state.delta,
-            warm=state.kept,
-            done=~(size > 0),
+            done=state.done | jnp.all(target == state.point.at),
         )
 
-    def _jammed(self, before, state):
-        tried = (before.phase == TRIAL) & (state.phase != CLOSER) | (before.phase == CLOSER)
-        rejected = state.failures > before.failures
-        over = rejected | (state.radius < before.radius)
-        jam = jnp.where(tried, JAMD * state.jam + (1 - JAMD) * over, state.jam)
-        longest = jnp.maximum(state.longest, jnp.where(tried & ~rejected, before.length, 0.0))
-        size = jnp.linalg.norm(state.point.slope)
-        steepest = jnp.maximum(state.steepest, size)
-        state = replace(state, steepest=steepest)
-        start = (jam > JAM) & ~state.wander & (state.radius * steepest < JAMR * longest * size)
-        radius = jnp.where(start, WR * longest, state.radius)
-        lost = state.point.value - state.best.value > GIVEUP * (state.highest - state.best.value)
-        stop = state.wander & ((state.idle > IDLE) | lost) & (state.phase == TRIAL)
-        none = jnp.full_like(state.recent, -jnp.inf)
-        home = replace(state, wander=jnp.zeros_like(state.wander), point=state.best, jam=jnp.zeros_like(jam), free=jnp.where(lost, GIVER, 1.0) * state.radius, free_eps=state.eps, free_delta=state.delta, longest=jnp.zeros_like(longest), steepest=jnp.zeros_like(longest), failures=jnp.zeros_like(state.failures),
-            recent=none.at[0].set(state.best.value), trail=state.trail.at[0].set(state.best.at), slopes=state.slopes.at[0].set(state.best.slope), behind=jnp.ones_like(state.behind),
-            secant=jnp.zeros_like(state.secant), radius=jnp.where(lost, GIVER, RR)*state.radius, next_probe=state.taken + GAP, gap=jnp.full_like(state.gap, GAP))
-        if CLEAR: home = replace(home, memory=home.memory._replace(count=jnp.zeros_like(home.memory.count)))
-        state = replace(state, jam=jam, longest=longest)
-        radius = jnp.where(start & (state.free > 0), state.free, radius)
-        return _where(stop, home, replace(state, wander=state.wander | start, radius=radius, eps=jnp.where(start, jnp.maximum(state.eps, state.free_eps), state.eps), delta=jnp.where(start, jnp.maximum(state.delta, state.free_delta), state.delta),
-            momentum=jnp.where(start, 0.0, state.momentum), squares=jnp.where(start, 0.0, state.squares), beats=jnp.where(start, 0, state.beats)))
-
-    def _free(self, state):
-        z = state.point.slope
-        m, v = B1 * state.momentum + (1 - B1) * z, B2 * state.squares + (1 - B2) * z**2
-        beats = state.beats + 1
-        k = beats.astype(z.dtype)
-        d = -(m / (1 - B1**k)) / (jnp.sqrt(v / (1 - B2**k)) + 1e-12)
-        d = jnp.where(z @ d < 0, d, -z)
-        d = d / jnp.linalg.norm(d)
-        return replace(state, momentum=m, squares=v, beats=beats, phase=jnp.full_like(state.phase, WANDER),
-            target=self._project(state, state.point.at + state.radius * d), tol=state.eps, adjoint_tol=state.delta, warm=state.kept)
-
-    def _wander(self, state, seen: Point):
-        step = seen.at - state.point.at
-        c = -(seen.slope @ step) / (jnp.linalg.norm(seen.slope) * jnp.linalg.norm(step) + 1e-300)
-        fine = _finite(seen)
-        grow = jnp.where(fine, jnp.exp(BETA * c * jnp.where(c > 0, 1.0, 2.0)), 0.25)
-        state = replace(state, radius=state.radius * grow, point=_where(fine, seen, state.point), kept=_where(fine, state.warm, state.kept),
-            taken=state.taken + 1, phase=jnp.full_like(state.phase, TRIAL), recent=jnp.roll(state.recent, 1).at[0].set(seen.value))
-        due = state.taken >= state.next_probe
-        return _where(due, self._probing(state, state.turn, jnp.inf), state)
+    def _averaged(self, state):
+        trip, d = state.excursion.next(state.point.slope)
+        target = self._project(state, state.point.at + state.radius * d)
+        return replace(state, phase=jnp.full_like(state.phase, EXCURSION), excursion=trip, target=target)
 
     def _trial(self, state, seen: Point):
         slope, level = self._expected(state, seen)
-        noisy = NOISY * state.noise
-        passes = _finite(seen) & (seen.value <= level + noisy)
-        stale = (seen.moves < STALE) & (seen.lower > 0)
-        doubtful = passes & (seen.value > level) | stale & _finite(seen)
-        eps=jnp.minimum(state.eps, jnp.where(stale, seen.lower, jnp.inf))
-        delta=jnp.minimum(state.delta, jnp.where(stale, seen.adjoint, jnp.inf))
+        passes = seen.finite & (seen.value <= level + NOISY * state.accuracy.noise)
+        if self.oracle.exact:
+            return self._judged(state, seen, passes)
+        stale = (seen.steps < STALE) & (seen.lower > 0) & seen.finite
+        attained = jnp.minimum(state.accuracy.eps, jnp.where(stale, seen.lower, jnp.inf))
+        delta = jnp.minimum(state.accuracy.delta, jnp.where(stale, seen.adjoint, jnp.inf))
         closer = replace(
             state,
             phase=jnp.full_like(state.phase, CLOSER),
             other=seen,
-            tol=eps / FACTOR,
-            adjoint_tol=delta/FACTOR,
-            eps=eps if STALE_SET else state.eps,
-            delta=delta if STALE_SET>1 else state.delta,
+            tol=attained / FACTOR,
+            adjoint_tol=delta / FACTOR,
+            accuracy=state.accuracy._replace(eps=attained),
         )
-        judged = lambda _: self._judged(state, seen, passes)  # noqa: E731
-        return jax.lax.cond(doubtful, lambda _: closer, judged, None)
+        doubtful = (passes & (seen.value > level)) | stale
+        return jax.lax.cond(doubtful, lambda _: closer, lambda _: self._judged(state, seen, passes), None)
 
     def _expected(self, state, seen: Point):
         """(slope along the step, value to get below)."""
@@ -338,146 +316,215 @@ class QuasiNewton(Method):
         return slope, jnp.max(state.recent) + ARMIJO * slope
 
     def _closer(self, state, seen: Point):
-        """A trial that only noise would let pass, again at a better accuracy."""
+        """A trial that told too little, with better accuracies."""
         slope, level = self._expected(state, seen)
-        first = state.other
+        first, accuracy = state.other, state.accuracy
         noise = jnp.abs(seen.value - first.value)
-        moved = jnp.linalg.norm(seen.slope - first.slope) > MOVED * jnp.linalg.norm(seen.slope)
-        tighten = moved | (noise > 0.3 * jnp.abs(slope))
-        state = replace(
-            state,
-            eps=jnp.where(tighten, state.eps / FACTOR, state.eps),
-            delta=jnp.where(tighten, state.delta / FACTOR, state.delta),
-            next_probe=jnp.where(tighten, state.taken + SHORT_GAP, state.next_probe),
-            noise=jnp.minimum(state.noise, noise),
+        moved = jnp.linalg.norm(seen.slope - first.slope) > probing.MOVED * seen.size
+        tighten = moved | (noise > NOISE * jnp.abs(slope))
+        factor = jnp.where(tighten, 1 / FACTOR, 1.0)
+        accuracy = accuracy._replace(
+            eps=factor * accuracy.eps,
+            delta=factor * accuracy.delta,
+            next=jnp.where(tighten, state.taken + probing.GAPS[0], accuracy.next).astype(jnp.int32),
+            noise=jnp.minimum(accuracy.noise, noise),
         )
-        passes = _finite(seen) & (seen.value <= level + NOISY * noise)
-        return self._judged(state, seen, passes)
+        passes = seen.finite & (seen.value <= level + NOISY * noise)
+        return self._judged(replace(state, accuracy=accuracy), seen, passes)
 
     def _judged(self, state, seen: Point, passes):
-        return jax.lax.cond(passes, self._accepted, self._rejected, state, seen)
+        if not self.certified:
+            return jax.lax.cond(passes, self._accepted, self._rejected, state, seen)
+        slope, point = state.point.slope @ (seen.at - state.point.at), state.point
+        proven = seen.finite & (seen.raw + seen.bound <= point.raw - point.bound + ARMIJO * slope)
+        outcome = jnp.where(proven, 0, jnp.where(passes, 1, 2))
+        return jax.lax.switch(outcome, (self._accepted, self._unproven, self._rejected), state, seen)
 
-    def _rejected(self, state, seen: Point):
-        finite, step = _finite(seen), seen.at - state.point.at
-        slope = state.point.slope @ step
+    def _unproven(self, state, seen: Point):
+        """The values say yes, their bounds do not yet: better accuracies at both ends."""
         failures = state.failures + 1
-        learned = lbfgs.learn(state.memory, step, seen.slope - state.point.slope)
-        rise = seen.value - state.point.value - slope
-        share = jnp.clip(-slope / (2 * jnp.where(rise > 0, rise, jnp.inf)), 0.1, 0.5)
-        share = jnp.where(rise > 0, share, 0.5)
-        state = replace(
-            state,
-            memory=_where(finite, learned, state.memory),
-            radius=jnp.where(finite, share, 0.25) * state.length,
-            failures=failures,
-            phase=jnp.full_like(state.phase, TRIAL),
-            done=failures > FAILURES,
-        )
-        probe = self._probing(state, BOTH, 0.3 * jnp.abs(slope))
-        return _where((failures == 3) | (failures % 6 == 0), probe, state)
+        state = replace(state, failures=failures, done=state.done | (failures > FAILURES))
+        return self._probing(state, BOTH, 0.0)
 
     def _accepted(self, state, seen: Point):
         step = seen.at - state.point.at
         size, slope = jnp.linalg.norm(step), state.point.slope @ step
-        ahead = seen.slope @ step
-        ratio = ahead / jnp.where(slope < 0, slope, -1.0)
-        ratio = jnp.where(slope < 0, ratio, -9.0)
-        mismatch = jnp.abs((seen.value - state.point.value) / jnp.where(slope < 0, slope, -1.0) - 0.5 * (1 + ratio))
-        mismatch = jnp.where(slope < 0, mismatch, 0.0)
-        secant = jnp.maximum(size, FORGET * state.secant)
-        apart = jnp.linalg.norm(state.trail - seen.at, axis=1)
-        there = jnp.arange(TRAIL) < state.behind
-        far = there & (apart >= 0.5 * secant)
-        back = jnp.where(jnp.any(far), jnp.argmax(far), state.behind - 1)
-        memory = lbfgs.learn(state.memory, seen.at - state.trail[back], seen.slope - state.slopes[back])
-        grown = jnp.where((ratio>GFR)&(mismatch<GFM), GF, GROW) * state.radius
+        ratio, mismatch = self._agreement(state, seen)
+        trail, s, y = state.trail.secant(seen.at, seen.slope, size)
         shrunk = jnp.maximum(0.5 * state.length, 0.25 * state.radius)
-        radius = jnp.where((ratio > 0.5) & state.limited, grown, jnp.where(ratio < -0.9, shrunk, state.radius))
-        taken = state.taken + 1
+        grown = jnp.where((ratio > STEEP) & state.limited, GROW * state.radius, state.radius)
+        taken, accuracy = state.taken + 1, state.accuracy
         state = replace(
-            state,
+            self._trying(state),
             point=seen,
             kept=state.warm,
-            memory=memory,
-            radius=radius,
-            secant=secant,
+            memory=lbfgs.learn(state.memory, s, y),
+            trail=trail,
+            radius=jnp.where(ratio < TURNED, shrunk, grown),
+            recent=jnp.roll(state.recent, 1).at[0].set(seen.value),
             taken=taken,
             failures=jnp.zeros_like(state.failures),
-            recent=jnp.roll(state.recent, 1).at[0].set(seen.value),
-            trail=jnp.roll(state.trail, 1, 0).at[0].set(seen.at),
-            slopes=jnp.roll(state.slopes, 1, 0).at[0].set(seen.slope),
-            behind=jnp.minimum(state.behind + 1, TRAIL),
-            phase=jnp.full_like(state.phase, TRIAL),
+            contradictions=jnp.zeros_like(state.contradictions),
         )
-        bad = (mismatch > TRAPEZOID * jnp.maximum(1.0, jnp.abs(ratio))) & (taken - state.last_probe > 2)
-        due = taken >= state.next_probe
-        both = self._probing(state, BOTH, jnp.inf)
-        turn = self._probing(state, state.turn, jnp.inf)
-        return _where(bad, both, _where(due, turn, state))
+        if self.oracle.exact:
+            return state
+        wrong = (mismatch > TRAPEZOID * jnp.maximum(1.0, jnp.abs(ratio))) & (slope < 0)
+        wrong = wrong & (taken - accuracy.last > APART)
+        probe = self._probing(state, jnp.where(wrong, BOTH, accuracy.turn), jnp.inf)
+        return trees.where(wrong | (taken >= accuracy.next), probe, state)
 
-    # ------------------------------------------------------------------------------------------ probes
+    def _rejected(self, state, seen: Point):
+        finite, step = seen.finite, seen.at - state.point.at
+        slope = state.point.slope @ step
+        ratio, mismatch = self._agreement(state, seen)
+        failures = state.failures + 1
+        wrong = finite & (ratio > STEEP) & (mismatch > 1)
+        contradictions = jnp.where(wrong, state.contradictions + 1, 0)
+        rise = seen.value - state.point.value - slope
+        share = jnp.where(rise > 0, jnp.clip(-slope / (2 * jnp.where(rise > 0, rise, 1.0)), 0.1, 0.5), 0.5)
+        learned = lbfgs.learn(state.memory, step, seen.slope - state.point.slope)
+        state = replace(
+            self._trying(state),
+            memory=trees.where(finite, learned, state.memory),
+            radius=jnp.where(finite, share, 0.25) * state.length,
+            failures=failures,
+            contradictions=contradictions,
+            done=state.done | (failures > FAILURES) | (contradictions > WRONG),
+        )
+        if self.oracle.exact:
+            return state
+        probe = self._probing(state, BOTH, NOISE * jnp.abs(slope))
+        return trees.where((failures == SUSPECT) | (failures % (2 * SUSPECT) == 0), probe, state)
+
+    def _agreement(self, state, seen: Point):
+        """(slope ahead over slope before, by how much the change of the value is not their mean)."""
+        step = seen.at - state.point.at
+        slope = state.point.slope @ step
+        downhill = slope < 0
+        below = jnp.where(downhill, slope, -1.0)
+        ratio = jnp.where(downhill, seen.slope @ step / below, 10 * TURNED)
+        mismatch = jnp.abs((seen.value - state.point.value) / below - 0.5 * (1 + ratio))
+        return ratio, jnp.where(downhill, mismatch, 0.0)
+
+    # ----------------------------------------------------------------------------------------------------- probes
 
     def _probing(self, state, kind, need):
-        kind = jnp.full_like(state.kind, kind)
-        finer = lambda asked, attained: jnp.where(attained > 0, jnp.minimum(asked, attained), asked) / FACTOR  # noqa: E731
-        eps = jnp.where(kind == DELTA, state.eps, finer(state.eps, state.point.lower))
-        delta = jnp.where(kind == EPS, state.delta, finer(state.delta, state.point.adjoint))
-        state = replace(state, need=jnp.full_like(state.need, need), last_probe=state.taken)
-        return self._refined(state, PROBE, kind, eps, delta)
+        accuracy, point = state.accuracy, state.point
+        accuracy = accuracy._replace(
+            kind=jnp.full_like(accuracy.kind, kind), need=jnp.full_like(accuracy.need, need), last=state.taken
+        )
+        eps, delta = accuracy.finer(point.lower, point.adjoint)
+        eps = jnp.where(accuracy.kind == DELTA, accuracy.eps, eps)
+        delta = jnp.where(accuracy.kind == EPS, accuracy.delta, delta)
+        return self._here(state, PROBE, accuracy, eps, delta)
 
     def _probe(self, state, seen: Point):
-        """How far the gradient moves when an accuracy is refined says what that accuracy has to be."""
-        both = state.kind == BOTH
-        of_eps, of_delta = state.kind != DELTA, state.kind != EPS
-        point = state.point
-        size = jnp.linalg.norm(seen.slope)
-        moved = jnp.linalg.norm(seen.slope - point.slope) / jnp.where(size > 0, size, 1e-30)
-        noise = jnp.where(of_eps, jnp.abs(seen.value - point.value), state.noise)
-        loose = (~of_eps | (point.lower >= state.eps / FACTOR)) & (~of_delta | (point.adjoint >= state.delta / FACTOR))
-        tighten = (moved > MOVED) | (both & (noise > state.need))
-        loosen = (moved < STAYED) & ~both & loose
-        factor = jnp.where(tighten, 1 / FACTOR, jnp.where(loosen, jnp.where(moved<PROP*STAYED,FACTOR**2,FACTOR), 1.0))
-        by_turn = state.failures == 0
-        gap = jnp.where(tighten, SHORT_GAP, jnp.where(loosen, GAP, jnp.minimum(2 * state.gap, LONGEST_GAP)))
-        change = seen.value - point.value
+        point, change = state.point, seen.value - state.point.value
+        size = seen.size
+        moved = jnp.linalg.norm(seen.slope - point.slope) / jnp.where(size > 0, size, 1.0)
+        accuracy = state.accuracy.judged(
+            moved, change, point.lower, point.adjoint, taken=state.taken, failing=state.failures > 0
+        )
         return replace(
-            state,
+            self._trying(state),
             point=seen,
             kept=state.warm,
-            noise=noise,
-            eps=jnp.where(of_eps, factor, 1.0) * state.eps,
-            delta=jnp.where(of_delta, factor, 1.0) * state.delta,
-            turn=jnp.where(both, state.turn, 1 - state.turn),
-            gap=jnp.where(by_turn, gap, state.gap).astype(state.gap.dtype),
-            next_probe=jnp.where(by_turn, state.taken + gap, state.next_probe).astype(state.gap.dtype),
+            accuracy=accuracy,
             recent=state.recent.at[0].add(change),
-            slopes=state.slopes.at[0].set(seen.slope),
-            phase=jnp.full_like(state.phase, TRIAL),
+            trail=state.trail.again(seen.slope),
         )
 
-    # ------------------------------------------------------------------------------------------ report
+    # ------------------------------------------------------------------------------------------------- excursions
+
+    def _around_jams(self, before, state):
+        """Begins an excursion in a jam, and ends it where it leads nowhere."""
+        tried = ((before.phase == TRIAL) & (state.phase != CLOSER)) | (before.phase == CLOSER)
+        rejected = state.failures > before.failures
+        overshot = rejected | (state.radius < before.radius)
+        size = state.point.size
+        jam = state.jam.tried(overshot, jnp.where(rejected, 0.0, before.length), size)
+        jam = trees.where(tried, jam, state.jam._replace(steepest=jnp.maximum(state.jam.steepest, size)))
+        state = replace(state, jam=jam)
+        trip, point, best = state.excursion, state.point, state.best
+        lost = point.value - best.value > excursion.LOST * (state.highest - best.value)
+        ends = trip.on & ((trip.idle > excursion.IDLE) | lost) & (state.phase == TRIAL)
+        begins = ~trip.on & jam.is_one(state.radius, size) & (state.phase == TRIAL) & ~state.done
+        choice = jnp.where(ends, 1, jnp.where(begins, 2, 0))
+        return jax.lax.switch(choice, (lambda state, _: state, self._home, self._leaving), state, lost)
+
+    def _leaving(self, state, _):
+        trip, accuracy = state.excursion, state.accuracy
+        looser = accuracy._replace(
+            eps=jnp.maximum(accuracy.eps, trip.eps), delta=jnp.maximum(accuracy.delta, trip.delta)
+        )
+        radius = jnp.where(trip.radius > 0, trip.radius, state.jam.longest)
+        return replace(state, radius=radius, excursion=trip.begun(), accuracy=looser)
+
+    def _home(self, state, lost):
+        """Back at the best point, with the radius of the excursion."""
+        best, accuracy, none = state.best, state.accuracy, jnp.zeros_like(state.failures)
+        radius = jnp.where(lost, excursion.RETREAT, 1.0) * state.radius
+        trip = state.excursion._replace(
+            on=jnp.zeros_like(state.excursion.on), radius=radius, eps=accuracy.eps, delta=accuracy.delta
+        )
+        gap = jnp.full_like(accuracy.gap, probing.GAPS[1])
+        return replace(
+            state,
+            excursion=trip,
+            point=best,
+            radius=radius,
+            jam=Jam.none(jnp.zeros_like(radius)),
+            recent=jnp.full_like(state.recent, -jnp.inf).at[0].set(best.value),
+            trail=lbfgs.Trail.at(best.at, best.slope),
+            accuracy=accuracy._replace(gap=gap, next=(state.taken + gap).astype(jnp.int32)),
+            failures=none,
+            contradictions=none,
+        )
+
+    def _away(self, state, seen: Point):
+        """One step of an excursion, whatever its value."""
+        step = seen.at - state.point.at
+        length = seen.size * jnp.linalg.norm(step)
+        cosine = -(seen.slope @ step) / jnp.where(length > 0, length, 1.0)
+        finite, taken = seen.finite, state.taken + 1
+        state = replace(
+            self._trying(state),
+            point=trees.where(finite, seen, state.point),
+            kept=trees.where(finite, state.warm, state.kept),
+            radius=excursion.grown(state.radius, cosine, finite),
+            taken=taken,
+            recent=jnp.roll(state.recent, 1).at[0].set(seen.value),
+        )
+        return trees.where(taken >= state.accuracy.next, self._probing(state, state.accuracy.turn, jnp.inf), state)
+
+    # ----------------------------------------------------------------------------------------------------- report
+
+    def _with_best(self, state):
+        """params follow the current point, but on an excursion only where the value is better beyond its noise."""
+        trip, point, started = state.excursion, state.point, state.phase > START
+        better = point.value < state.best.value - jnp.where(trip.on, state.accuracy.noise, 0.0)
+        best = trees.where(started & (~trip.on | better), point, state.best)
+        idle = jnp.where(better | ~trip.on, 0, trip.idle + 1).astype(jnp.int32)
+        params = ravel_pytree(state.params)[1](jnp.where(started, best.at, ravel_pytree(state.params)[0]))
+        return replace(state, best=best, params=params, excursion=trip._replace(idle=idle))
 
     def _told(self, before, after, seen: Point) -> StepInfo:
-        at = jax.tree.map(lambda a, b: jnp.where(before.phase <= START, a, b), seen, before.best)
-        accepted = after.taken > before.taken
+        at = trees.where(before.phase <= START, seen, before.best)
+        moved = jnp.linalg.norm(after.best.at - before.best.at)
         done = after.done | before.done
-        small = jnp.linalg.norm(at.slope) * after.radius
-        stationary = done & (steps.stationary(at.raw, small, 1.0) | (small == 0))
+        small = steps.stationary(at.raw, at.size * after.radius, 1.0) | (at.size == 0)
         return StepInfo(
-            value=at.raw, grad_norm=at.grad_norm, error=at.error,
-            step=jnp.where(accepted, jnp.linalg.norm(after.best.at - before.best.at), 0.0),
-            tol=before.tol, adjoint_tol=before.adjoint_tol, work=seen.work,
-            status=jnp.where(accepted, jnp.maximum(at.status, seen.status), at.status), done=done,
-            stationary=stationary & acceptable(at.status),
-        )  # fmt: skip
-
-
-def _finite(point: Point):
-    return jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.slope))
-
-
-def _where(condition, a, b):
-    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
+            value=at.raw,
+            grad_norm=at.grad_norm,
+            error=at.error,
+            step=jnp.where(before.phase <= START, 0.0, moved),
+            tol=before.tol,
+            adjoint_tol=before.adjoint_tol,
+            work=seen.work,
+            status=jnp.where(moved > 0, jnp.maximum(at.status, seen.status), at.status),
+            done=done,
+            stationary=done & small & acceptable(at.status),
+        )
 
 
 def __dir__():

@@ -203,6 +203,7 @@ def computed() -> list:
     turns = alternating.AlternatingState(
         params=PARAMS, warm=None, tol=0.1, adjoint_tol=0.1, reconstruction=state, task=averaged
     )
+    mini = jb.Stochastic(EXACT, ADAM).init(PARAMS, scalars)
     hypergradient, info = EXACT(PARAMS, scalars), jb.SolveInfo.exact(1.0)
     return [
         hypergradient,
@@ -219,6 +220,8 @@ def computed() -> list:
         averaged,
         averaged.average,
         turns,
+        mini,
+        mini.probes,
         fit,
         jb.TaskAdapted(PARAMS, PARAMS, fit, task.Pipeline(SMOOTH, network, jb.losses.dice)),
         SMOOTH.view(PARAMS, BATCH[0]),

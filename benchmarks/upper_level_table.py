@@ -14,6 +14,7 @@ from benchmarks.upper_level_runs import Cell, grid
 ADAM = "Adam"
 # name: class, made as class(oracle, projection=...); one line for each further method
 METHODS: dict[str, Callable] = {
+    "QuasiNewton": jb.QuasiNewton,
     "MAID": jb.MAID,
     "HOAG": jb.HOAG,
     "NBA": jb.NBA,

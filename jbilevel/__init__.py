@@ -98,6 +98,7 @@ __all__ = [
     "Problem",
     "prox",
     "PullBackOracle",
+    "QuasiNewton",
     "Regularizer",
     "regularizers",
     "SaddleConstants",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jbilevel._core.results import StepInfo, acceptable
 from jbilevel._method import excursion, lbfgs, probing, steps
 from jbilevel._method.base import Method, MethodState, compiled
 from jbilevel._method.excursion import Excursion, Jam
+from jbilevel._method.point import Point, agreement
 from jbilevel._method.probing import BOTH, DELTA, EPS, FACTOR, Accuracy
-from jbilevel._oracle.batches import finite_mean
 
 __all__ = ["QuasiNewton", "QuasiNewtonState"]
 
@@ -36,32 +36,8 @@ APART = 2  # accepted steps between such probes
 STALE = 1.0  # mean steps of a solve below which its solution is still that of the point before
 SUSPECT, FAILURES = 3, 30  # rejected trials in a row: after so many, and every 6, accuracies are probed; the end
 WRONG = 5  # trials in a row whose values contradict the slopes at both ends
+SMALL = 1e-6  # gradient, against the largest one, that ends the descent once its steps promise less than rounding
 REDUCED = 1e-2  # of the radius: the length by which a reduced gradient is measured
-
-
-class Point(NamedTuple):
-    """What is known at one point."""
-
-    at: Any  # flat params
-    value: Any  # without its first-order error
-    slope: Any  # flat: what of the hypergradient can move params
-    raw: Any  # value as the oracle gives it
-    grad_norm: Any
-    error: Any  # of the hypergradient
-    bound: Any  # proven, of the raw value
-    lower: Any  # errors that were attained, mean over samples
-    adjoint: Any
-    steps: Any  # of the lower-level solve, mean over samples
-    status: Any
-    work: Any
-
-    @property
-    def finite(self):
-        return jnp.isfinite(self.value) & jnp.all(jnp.isfinite(self.slope))
-
-    @property
-    def size(self):
-        return jnp.linalg.norm(self.slope)
 
 
 class QuasiNewtonState(MethodState):
@@ -88,6 +64,8 @@ class QuasiNewtonState(MethodState):
     contradictions: Any  # of them, in a row, whose values contradict their slopes
     starts: Any  # refinements before the first step
     spent: Any  # work
+    largest: Any  # reduced gradient so far
+    flat: Any  # whether no step promises more than the rounding of values
     done: Any
 
 
@@ -150,28 +128,25 @@ class QuasiNewton(Method):
         flat = ravel_pytree(params)[0]
         zero, none, no = jnp.zeros((), flat.dtype), jnp.zeros((), jnp.int32), jnp.asarray(False)
         size = jnp.linalg.norm(flat)
-        infinite, nothing = jnp.full_like(zero, jnp.inf), jnp.zeros_like(flat)
-        nowhere = Point(
-            at=flat, value=infinite, slope=nothing, raw=infinite, grad_norm=infinite, error=infinite, bound=infinite,
-            lower=zero, adjoint=zero, steps=zero, status=none, work=zero,
-        )  # fmt: skip
+        nowhere = Point.unknown(flat)
         warm = self.oracle.init(params, batch)
         fits = lambda tol: tol.astype(flat.dtype)  # noqa: E731
         return QuasiNewtonState(
             params=params, warm=warm, tol=fits(first.tol), adjoint_tol=fits(first.adjoint_tol), phase=none + FIRST,
             target=flat, accuracy=Accuracy.first(fits(first.tol), fits(first.adjoint_tol)), point=nowhere, kept=warm,
             other=nowhere, best=nowhere, radius=FIRST_RADIUS * jnp.where(size > 0, size, 1.0), length=zero, limited=no,
-            memory=lbfgs.empty(flat, self.pairs), trail=lbfgs.Trail.at(flat, nothing),
-            recent=jnp.full((RECENT,), -jnp.inf, flat.dtype), highest=infinite, jam=Jam.none(zero),
+            memory=lbfgs.empty(flat, self.pairs), trail=lbfgs.Trail.at(flat, nowhere.slope),
+            recent=jnp.full((RECENT,), -jnp.inf, flat.dtype), highest=nowhere.value, jam=Jam.none(zero),
             excursion=Excursion.none(flat), taken=none, failures=none, contradictions=none, starts=none, spent=zero,
-            done=no,
+            largest=zero, flat=no, done=no,
         )  # fmt: skip
 
     @compiled
     def step(self, state: QuasiNewtonState, batch) -> tuple[QuasiNewtonState, StepInfo]:
         seen, warm = self._look(state, batch)
         branches = (self._first, self._start, self._trial, self._closer, self._probe, self._away)
-        following = replace(state, spent=state.spent + seen.work, warm=warm)
+        largest = jnp.where(seen.finite, jnp.maximum(state.largest, seen.size), state.largest)
+        following = replace(state, spent=state.spent + seen.work, warm=warm, largest=largest)
         following = jax.lax.switch(state.phase, branches, following, seen)
         following = following if self.certified else self._around_jams(state, following)
         following = jax.lax.cond(following.phase == TRIAL, self._next, lambda state: state, following)
@@ -186,14 +161,7 @@ class QuasiNewton(Method):
         if self.projection is not None:
             h = REDUCED * state.radius / jnp.where(size > 0, size, 1.0)
             slope = (state.target - self._project(state, state.target - h * slope)) / h
-        attained = jnp.where(jnp.isfinite(hg.lower.error), hg.lower.error, hg.lower.residual)
-        numbers = {
-            "value": hg.value - hg.shift, "raw": hg.value, "grad_norm": size, "error": hg.error,
-            "bound": hg.value_bound, "lower": finite_mean(attained), "adjoint": finite_mean(hg.adjoint.residual),
-            "steps": jnp.mean(hg.lower.steps), "work": hg.work,
-        }  # fmt: skip
-        numbers = {name: jnp.asarray(number, state.radius.dtype) for name, number in numbers.items()}
-        return Point(at=state.target, slope=slope, status=hg.status.astype(jnp.int32), **numbers), hg.warm
+        return Point.of(hg, state.target, slope, size), hg.warm
 
     def _project(self, state, flat):
         if self.projection is None:
@@ -272,18 +240,27 @@ class QuasiNewton(Method):
         slope = state.point.slope
         memory = trees.where(state.failures == 0, lbfgs.saw(state.memory, slope), state.memory)
         d = lbfgs.direction(memory, slope)
+        free = (memory.count == 0) | (slope @ d >= 0)
         d = jnp.where(slope @ d < 0, d, -slope)
-        size = jnp.linalg.norm(d)
-        share, free = state.radius / jnp.where(size > 0, size, 1.0), memory.count == 0
-        share = jnp.where(free, share, jnp.minimum(1.0, share))
-        target = self._project(state, state.point.at + share * d)
+
+        def along(d, free):
+            """(where it leads, how far, whether the radius bounds it)."""
+            size = jnp.linalg.norm(d)
+            share = state.radius / jnp.where(size > 0, size, 1.0)
+            share = jnp.where(free, share, jnp.minimum(1.0, share))
+            target = self._project(state, state.point.at + share * d)
+            return target, share * size, free | (state.radius < size)
+
+        resolved = steps.rounding(state.point.raw)
+        promises = lambda way: -(slope @ (way[0] - state.point.at)) > resolved  # noqa: E731
+        way, steepest = along(d, free), along(-slope, True)
+        model = promises(way)
+        # a model that promises nothing may be wrong, unless the gradient itself has become small
+        small = state.point.size <= SMALL * state.largest
+        target, length, limited = trees.where(model, way, steepest)
+        flat = ~model & (small | ~promises(steepest))
         return replace(
-            state,
-            memory=memory,
-            target=target,
-            length=share * size,
-            limited=free | (state.radius < size),
-            done=state.done | jnp.all(target == state.point.at),
+            state, memory=memory, target=target, length=length, limited=limited, flat=flat, done=state.done | flat
         )
 
     def _averaged(self, state):
@@ -349,7 +326,7 @@ class QuasiNewton(Method):
     def _accepted(self, state, seen: Point):
         step = seen.at - state.point.at
         size, slope = jnp.linalg.norm(step), state.point.slope @ step
-        ratio, mismatch = self._agreement(state, seen)
+        ratio, mismatch = agreement(state.point, seen)
         trail, s, y = state.trail.secant(seen.at, seen.slope, size)
         shrunk = jnp.maximum(0.5 * state.length, 0.25 * state.radius)
         grown = jnp.where((ratio > STEEP) & state.limited, GROW * state.radius, state.radius)
@@ -376,7 +353,7 @@ class QuasiNewton(Method):
     def _rejected(self, state, seen: Point):
         finite, step = seen.finite, seen.at - state.point.at
         slope = state.point.slope @ step
-        ratio, mismatch = self._agreement(state, seen)
+        ratio, mismatch = agreement(state.point, seen)
         failures = state.failures + 1
         wrong = finite & (ratio > STEEP) & (mismatch > 1)
         contradictions = jnp.where(wrong, state.contradictions + 1, 0)
@@ -395,16 +372,6 @@ class QuasiNewton(Method):
             return state
         probe = self._probing(state, BOTH, NOISE * jnp.abs(slope))
         return trees.where((failures == SUSPECT) | (failures % (2 * SUSPECT) == 0), probe, state)
-
-    def _agreement(self, state, seen: Point):
-        """(slope ahead over slope before, by how much the change of the value is not their mean)."""
-        step = seen.at - state.point.at
-        slope = state.point.slope @ step
-        downhill = slope < 0
-        below = jnp.where(downhill, slope, -1.0)
-        ratio = jnp.where(downhill, seen.slope @ step / below, 10 * TURNED)
-        mismatch = jnp.abs((seen.value - state.point.value) / below - 0.5 * (1 + ratio))
-        return ratio, jnp.where(downhill, mismatch, 0.0)
 
     # ----------------------------------------------------------------------------------------------------- probes
 
@@ -512,7 +479,6 @@ class QuasiNewton(Method):
         at = trees.where(before.phase <= START, seen, before.best)
         moved = jnp.linalg.norm(after.best.at - before.best.at)
         done = after.done | before.done
-        small = steps.stationary(at.raw, at.size * after.radius, 1.0) | (at.size == 0)
         return StepInfo(
             value=at.raw,
             grad_norm=at.grad_norm,
@@ -523,7 +489,7 @@ class QuasiNewton(Method):
             work=seen.work,
             status=jnp.where(moved > 0, jnp.maximum(at.status, seen.status), at.status),
             done=done,
-            stationary=done & small & acceptable(at.status),
+            stationary=after.flat & acceptable(at.status),
         )
 
 

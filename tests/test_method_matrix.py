@@ -73,6 +73,7 @@ METHODS = {
     "MAID": jb.MAID,
     "HOAG": partial(jb.HOAG, step_size=0.2),
     "NBA": jb.NBA,
+    "QuasiNewton": jb.QuasiNewton,
     "NBA, trust region": partial(jb.NBA, search="trust-region"),
     "FirstOrder": DESCENT,
     "FirstOrder, averaged Adam": partial(jb.FirstOrder, optimizer=optax.adam(0.3), average=0.9),

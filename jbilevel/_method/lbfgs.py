@@ -114,9 +114,9 @@ class Trail(NamedTuple):
         return cls(none.at[0].set(point), none.at[0].set(gradient), count=one, length=jnp.zeros((), point.dtype))
 
     def secant(self, point, gradient, step) -> tuple[Trail, Any, Any]:
-        """(the trail with one more point, which is ``step`` away from the last, and the pair (s, y) that ends there)."""
+        """(the trail with one more point, ``step`` away from the last, and the pair (s, y) that ends there)."""
         length = jnp.maximum(step, FORGET * self.length)
-        apart = jnp.linalg.norm(self.points - point, axis=1)
+        apart = jnp.linalg.norm(self.points - point[None], axis=1)
         far = (jnp.arange(POINTS) < self.count) & (apart >= FAR * length)
         back = jnp.where(jnp.any(far), jnp.argmax(far), self.count - 1)
         count = jnp.minimum(self.count + 1, POINTS)

@@ -82,11 +82,16 @@ def reduced(projection, params, grad, step):
     return trees.scale(1 / jnp.where(step > 0, step, 1.0), trees.sub(params, moved))
 
 
+def rounding(value):
+    """What a value may be off by in its dtype."""
+    return ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value)
+
+
 def stationary(value, squared_norm, step, error=0.0):
     """Whether a gradient of this squared norm is small: exactly zero, or a step of the length that worked last
     would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.
     """
-    noise = ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value) + error
+    noise = rounding(value) + error
     return (squared_norm == 0) | ((step > 0) & (step * squared_norm <= noise))
 
 

@@ -33,10 +33,10 @@ from jbilevel._core.results import check as check
 from jbilevel._method.base import Method as Method
 from jbilevel._method.base import MethodState as MethodState
 from jbilevel._oracle.base import Oracle as Oracle
-from jbilevel._oracle.base import Sample as Sample
 from jbilevel._oracle.kinds import ForwardOracle as ForwardOracle
 from jbilevel._oracle.kinds import PullBackOracle as PullBackOracle
 from jbilevel._oracle.pipeline import AdjointOracle as AdjointOracle
+from jbilevel._oracle.samples import Sample as Sample
 from jbilevel._views.base import Problem as Problem
 from jbilevel._views.base import View as View
 from jbilevel._views.saddle import SaddleView as SaddleView
@@ -51,9 +51,11 @@ from jbilevel.problems.saddle import image_of as image_of
 from jbilevel.problems.smooth import SmoothProblem as SmoothProblem
 from jbilevel.problems.variational import variational as variational
 from jbilevel.problems.weighted_l1 import WeightedL1Problem as WeightedL1Problem
+from jbilevel.quasi_newton import QuasiNewton as QuasiNewton
 from jbilevel.regularizers.base import Regularizer as Regularizer
 from jbilevel.solvers import solve as solve
 from jbilevel.solvers.base import Solver as Solver
+from jbilevel.stochastic import Stochastic as Stochastic
 from jbilevel.task import TaskAdapted as TaskAdapted
 from jbilevel.task import task_adapted as task_adapted
 from jbilevel.training import FitResult as FitResult
@@ -96,6 +98,7 @@ __all__ = [
     "Problem",
     "prox",
     "PullBackOracle",
+    "QuasiNewton",
     "Regularizer",
     "regularizers",
     "SaddleConstants",
@@ -111,6 +114,7 @@ __all__ = [
     "solvers",
     "Status",
     "StepInfo",
+    "Stochastic",
     "task",
     "task_adapted",
     "TaskAdapted",

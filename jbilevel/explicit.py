@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jbilevel._core.results import SolveInfo, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import Sample
 from jbilevel._oracle.kinds import ForwardOracle
+from jbilevel._oracle.samples import Sample
 
 __all__ = ["Oracle"]
 

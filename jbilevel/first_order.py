@@ -91,13 +91,12 @@ class FirstOrder(WithOptimizer, Method):
     @compiled
     def step(self, state: FirstOrderState, batch) -> tuple[FirstOrderState, StepInfo]:
         hg = self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
-        updates, optimizer = self.transformation().update(hg.grad, state.optimizer, state.params)
-        params = steps.project(self.projection, optax.apply_updates(state.params, updates))
+        moved = steps.optax_step(self.transformation(), self.projection, state.params, state.optimizer, hg)
         average, decay = state.average, self.average
         if average is not None and decay is not None:
-            average = Average(*optax.ema(decay).update(params, average.memory))
-        following = replace(state, params=params, warm=hg.warm, optimizer=optimizer, average=average)
-        return following, self.report(hg, state, step=optax.tree.norm(updates))
+            average = Average(*optax.ema(decay).update(moved.params, average.memory))
+        following = replace(state, params=moved.params, warm=hg.warm, optimizer=moved.optimizer, average=average)
+        return following, self.report(hg, state, step=moved.step)
 
 
 def __dir__():

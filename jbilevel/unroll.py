@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm, Work
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import Sample, require_view
+from jbilevel._oracle.base import require_view
 from jbilevel._oracle.kinds import ForwardOracle
 from jbilevel._oracle.pipeline import AdjointOracle
+from jbilevel._oracle.samples import Sample
 from jbilevel._oracle.smooth_system import SmoothLower
 from jbilevel._views.base import Problem
 from jbilevel._views.smooth import SmoothView

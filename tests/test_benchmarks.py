@@ -46,6 +46,7 @@ SCRIPTS = (
     "ridge",
     "certificates",
     "violations",
+    "upper_level",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",
     "papers/bogensperger_2024_tv_discretisation",
@@ -60,7 +61,7 @@ SCRIPTS = (
 # measured in double precision
 DOUBLE = {
     "hypergradients", "errors", "experiments", "regularizers", "ct", "saddle_errors", "sparse", "interruptions",
-    "certificates",
+    "certificates", "upper_level",
     "papers/villacis_2025_regression",
 }  # fmt: skip
 QUICK = {

@@ -73,15 +73,18 @@ METHODS = {
     "MAID": jb.MAID,
     "HOAG": partial(jb.HOAG, step_size=0.2),
     "NBA": jb.NBA,
+    "QuasiNewton": jb.QuasiNewton,
     "NBA, trust region": partial(jb.NBA, search="trust-region"),
     "FirstOrder": DESCENT,
     "FirstOrder, averaged Adam": partial(jb.FirstOrder, optimizer=optax.adam(0.3), average=0.9),
+    "Stochastic": partial(jb.Stochastic, optimizer=optax.sgd(0.2)),
+    "Stochastic, decaying": partial(jb.Stochastic, optimizer=optax.sgd(0.2), accuracy="decay"),
     "Alternating": partial(alternating, DESCENT),
     "Alternating HOAG": partial(alternating, partial(jb.HOAG, step_size=0.2)),
 }
 EACH = pytest.mark.parametrize("name", METHODS)
 # of methods that stand here twice, one is enough where an inexact oracle makes compiling long
-VARIANTS = ("NBA, trust region", "FirstOrder, averaged Adam")
+VARIANTS = ("NBA, trust region", "FirstOrder, averaged Adam", "Stochastic, decaying")
 QUICK_OR_SLOW = [pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ()) for n in METHODS]
 EACH_INEXACTLY = pytest.mark.parametrize("name", QUICK_OR_SLOW)
 COMPARING = [name for name in METHODS if METHODS[name](EXACT).compares_values]
@@ -139,7 +142,8 @@ def test_the_state_is_a_frozen_pytree_that_steps_leave_in_its_form(name):
     assert isinstance(info, jb.StepInfo) and all(np.shape(number) == () for number in info)
     assert types(state) == types(following)
     assert len(repr(method)) <= 360 and "0x" not in repr(method)
-    assert method == METHODS[name](EXACT) or "Alternating" in name or "FirstOrder" in name  # optax compares by identity
+    of_optax = name.startswith(("Alternating", "FirstOrder", "Stochastic"))  # which compares by identity
+    assert method == METHODS[name](EXACT) or of_optax
     assert hash(method) == hash(dataclasses.replace(method))
 
 
@@ -249,7 +253,8 @@ def test_a_bad_sample_ends_the_run_and_keeps_the_parameters(name):
 
 
 @pytest.mark.parametrize(
-    "make", [jb.MAID, jb.HOAG, jb.NBA, DESCENT, lambda o: Alternating(o, None, None, batches=Turns())]
+    "make",
+    [jb.MAID, jb.HOAG, jb.NBA, DESCENT, METHODS["Stochastic"], lambda o: Alternating(o, None, None, batches=Turns())],
 )
 def test_what_is_no_oracle_is_refused(make):
     for thing, what in ((PROBLEM, "SmoothProblem"), (loss, "function"), (jb.implicit.Oracle, "Oracle")):

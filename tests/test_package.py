@@ -25,7 +25,7 @@ ROWS = (
     ("explicit", "implicit", "nonsmooth", "piggyback", "unroll"),
     ("problems",),
     ("_method",),
-    ("alternating", "first_order", "hoag", "maid", "nba"),
+    ("alternating", "first_order", "hoag", "maid", "nba", "quasi_newton", "stochastic"),
     ("_training",),
     ("training",),
     ("task",),
@@ -221,6 +221,8 @@ WITHOUT_EXAMPLE = {
         ("hoag", "HOAG"),
         ("maid", "MAID"),
         ("nba", "NBA"),
+        ("quasi_newton", "QuasiNewton"),
+        ("stochastic", "Stochastic"),
     )
 } | {"operators.Astra": "its package is not installed everywhere; the example is shown, not run"}
 

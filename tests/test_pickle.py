@@ -96,6 +96,7 @@ METHODS = {
     "HOAG": lambda: jb.HOAG(SADDLE.oracle(loss)),
     "NBA": lambda: jb.NBA(SPARSE.oracle(loss)),
     "FirstOrder": lambda: jb.FirstOrder(SMOOTH.oracle(loss), partial(optax.adam, 0.1), average=0.5),
+    "Stochastic": lambda: jb.Stochastic(SMOOTH.oracle(loss), partial(optax.adam, 0.1), accuracy="decay"),
     "rates": lambda: jb.FirstOrder(jb.explicit.Oracle(value), task.default_rates),
     "Optax": lambda: jb.HOAG(SMOOTH.oracle(loss, solver=jb.solvers.Optax(partial(optax.sgd, 0.3)))),
     "axes": lambda: jb.MAID(SMOOTH.oracle(loss, in_axes=({"y": 0, "frozen": None}, [0]))),
@@ -112,7 +113,7 @@ def test_methods(name):
     method = METHODS[name]()
     theirs = sent(method)
     assert repr(theirs) == repr(method) and type(theirs.oracle) is type(method.oracle)
-    if name not in ("FirstOrder", "Optax"):  # a functools.partial equals no other one
+    if name not in ("FirstOrder", "Stochastic", "Optax"):  # a functools.partial equals no other one
         assert theirs == method
     if name in ("MAID", "FirstOrder"):
         runs = [jb.fit(each, THETA, DATA, steps=2) for each in (method, theirs)]

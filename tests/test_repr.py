@@ -142,6 +142,8 @@ SAID = [
         "MAID(implicit.Oracle(...), projection=box, window=0.5)",
     ),
     (jb.HOAG(EXACT), "HOAG(explicit.Oracle(network))"),
+    (jb.QuasiNewton(EXACT), "QuasiNewton(explicit.Oracle(network))"),
+    (jb.Stochastic(EXACT, ADAM), f"Stochastic(explicit.Oracle(network), {ADAM_SAID})"),
     (jb.NBA(EXACT), "NBA(explicit.Oracle(network))"),
     (jb.FirstOrder(EXACT, ADAM, tol=1e-3), f"FirstOrder(explicit.Oracle(network), {ADAM_SAID}, tol=0.001)"),
     (
@@ -202,6 +204,7 @@ def computed() -> list:
     turns = alternating.AlternatingState(
         params=PARAMS, warm=None, tol=0.1, adjoint_tol=0.1, reconstruction=state, task=averaged
     )
+    mini = jb.Stochastic(EXACT, ADAM).init(PARAMS, scalars)
     hypergradient, info = EXACT(PARAMS, scalars), jb.SolveInfo.exact(1.0)
     return [
         hypergradient,
@@ -218,6 +221,9 @@ def computed() -> list:
         averaged,
         averaged.average,
         turns,
+        jax.eval_shape(jb.QuasiNewton(EXACT).init, PARAMS, scalars),
+        mini,
+        mini.probes,
         fit,
         jb.TaskAdapted(PARAMS, PARAMS, fit, task.Pipeline(SMOOTH, network, jb.losses.dice)),
         SMOOTH.view(PARAMS, BATCH[0]),

@@ -246,15 +246,20 @@ class Hypergradient(NamedTuple):
     """Value and hypergradient of a batch, with their errors.
 
     value, values: weighted mean and per-sample upper-level values; value_error, value_bound, shift: as in `Value`;
-    grad: pytree like params, direct plus indirect part; error: estimate of the 2-norm error of the `grad` returned
-    (with correct=True: of what remains); certified, bound: a proven bound on that error when certified, else inf;
-    warm: next warm start; lower, adjoint: per-sample `SolveInfo`.
+    grad: pytree like params, direct plus indirect part; spread: estimate of the standard error (2-norm) of ``grad`` as
+    that of the mean over the population that the samples were drawn from, from how the oracle's chunks differ (single
+    samples with ``chunk=1``); inf where fewer than two of them have weight; error: estimate of the 2-norm error of the
+    `grad` returned (with correct=True: of what remains); certified, bound: a proven bound on that error when certified,
+    else inf; warm: next warm start; lower, adjoint: per-sample `SolveInfo`.
 
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2)
     >>> hg = oracle(jnp.array(0.0), jnp.array([1.0, 3.0]))
     >>> float(hg.value), float(hg.grad), float(hg.error), bool(hg.certified)
     (2.5, -2.0, 0.0, True)
+    >>> oracle = jb.explicit.Oracle(lambda mean, data: 0.5 * (mean - data) ** 2, chunk=1)  # gradients -1 and -3
+    >>> float(oracle(jnp.array(0.0), jnp.array([1.0, 3.0])).spread)
+    1.0
     """
 
     value: Any
@@ -263,6 +268,7 @@ class Hypergradient(NamedTuple):
     value_bound: Any
     shift: Any
     grad: Any
+    spread: Any
     error: Any
     certified: Any
     bound: Any
@@ -366,11 +372,12 @@ def say_if_unsolved(name: str, tol, info: SolveInfo, *, stacklevel: int = 4) -> 
     if tol is None or any(isinstance(leaf, jax.core.Tracer) for leaf in (tol, info.steps, info.residual)):
         return
     residual, met = np.asarray(info.residual), np.asarray(info.status) == Status.CONVERGED
-    if np.isfinite(tol) and np.all(met & (residual > 0)) and not np.any(np.asarray(info.steps)):
+    unsolved = met & ~(residual <= 0)  # NaN: padding
+    if np.isfinite(tol) and np.all(unsolved) and not np.any(np.asarray(info.steps)):
         warnings.warn(
             f"`{name}`={float(tol):.1e} is larger than what there is to solve, so nothing was: every solve ended at "
-            f"its cold start, with residual {np.max(residual):.1e}; make it smaller, or leave it out for one that is "
-            "relative to the problem.",
+            f"its cold start, with residual {np.nanmax(residual):.1e}; make it smaller, or leave it out for one that "
+            "is relative to the problem.",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jbilevel._core import trees
 from jbilevel._core.validate import arrays
@@ -51,6 +52,19 @@ def project(projection, params):
     return params if projection is None else trees.cast_like(projection(params), params)
 
 
+class Moved(NamedTuple):
+    params: Any
+    optimizer: Any  # optax state
+    step: Any  # length of the update
+
+
+def optax_step(optimizer, projection, params, memory, hg) -> Moved:
+    """P(params + update) of an optimiser of optax, which sees gradient, params and, where it reads it, the value."""
+    update = optax.with_extra_args_support(optimizer).update
+    updates, memory = update(hg.grad, memory, params, value=hg.value)
+    return Moved(project(projection, optax.apply_updates(params, updates)), memory, optax.tree.norm(updates))
+
+
 def projected_step(projection, params, grad, step):
     """(P(params - step grad), squared length of the move)."""
     moved = project(projection, trees.add_scaled(params, -step, grad))
@@ -74,11 +88,16 @@ def no_hypergradient(oracle, params, batch, warm):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)._replace(warm=warm)
 
 
+def rounding(value):
+    """What a value may be off by in its dtype."""
+    return ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value)
+
+
 def stationary(value, squared_norm, step, error=0.0):
     """Whether a gradient of this squared norm is small: exactly zero, or a step of the length that worked last
     would lower the value by no more than its rounding and ``error``. Step 0: none ever worked, so nothing is known.
     """
-    noise = ROUNDING * jnp.finfo(jnp.result_type(value, float)).eps * jnp.abs(value) + error
+    noise = rounding(value) + error
     return (squared_norm == 0) | ((step > 0) & (step * squared_norm <= noise))
 
 

@@ -6,7 +6,6 @@ oracle (implicit, unrolled, ...) supplies what is done for one sample; this file
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,22 +15,33 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbilevel._core import brief, trees
+from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.recompilation import note_compilation
-from jbilevel._core.results import Hypergradient, SolveInfo, Status, Value, Warm, names, say_if_unsolved
+from jbilevel._core.results import Hypergradient, Value, Warm, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
 from jbilevel._oracle import batches
 from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
-from jbilevel._oracle.bounds import remaining, removed_and_left
+from jbilevel._oracle.samples import (
+    PullBackPoints,
+    Sample,
+    account,
+    blamed,
+    gradient_bound,
+    gradient_error,
+    mean_value,
+    named,
+    usable,
+    without_padding,
+)
+from jbilevel._oracle.spread import Scatter
 from jbilevel._views.base import Problem
 from jbilevel.solvers import require_tolerance
 from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
-ROUNDING = 4.0  # of a loss, in units of that of its value
 
 
 class Scales(NamedTuple):
@@ -39,53 +49,6 @@ class Scales(NamedTuple):
 
     solution: Any  # mean over samples of ||grad_x energy(x0)||/mu (of ||grad_x energy(x0)|| without mu)
     adjoint: Any  # mean over samples of ||grad_x loss(x0)||
-
-
-class Sample(NamedTuple):
-    """What a kind of oracle reports about one sample. What is left out is not known, or zero for one that is exact.
-
-    >>> import jbilevel as jb, jax.numpy as jnp
-    >>> info = jb.SolveInfo.exact(1.0)
-    >>> jb.Sample(value=jnp.array(0.5), warm=jb.Warm(None, None), lower=info, adjoint=info)
-    Sample(value=0.5, warm=Warm(x=None, adjoint=None), lower=CONVERGED, adjoint=CONVERGED)
-    """
-
-    value: Any  # upper-level value at the computed x
-    warm: Warm
-    lower: SolveInfo
-    adjoint: SolveInfo
-    shift: Any = None  # signed first-order error of the value (value - shift is the corrected value); 0
-    estimate: Any = None  # of |value - shift - exact|; inf
-    bound: Any = None  # proven bound on the error of the value that the batch mean uses; inf
-    gradient_bound: Any = None  # proven bound on this sample's hypergradient error; inf
-    corrected_bound: Any = None  # the same after a correction that is not returned; inf
-    left: Any = None  # error that a Newton correction left, against the one that it removed; 0
-
-    def __repr__(self) -> str:
-        return brief.record(self, lower=names(self.lower.status), adjoint=names(self.adjoint.status))
-
-    def filled(self, exact: bool) -> Sample:
-        """With arrays in place of what was left out."""
-        zero = jnp.zeros_like(self.value)
-        unknown = zero if exact else jnp.full_like(self.value, jnp.inf)
-        defaults = {
-            "shift": zero,
-            "left": zero,
-            "estimate": unknown,
-            "bound": unknown,
-            "gradient_bound": unknown,
-            "corrected_bound": unknown,
-        }
-        given = self._asdict()
-        return self._replace(**{name: v for name, v in defaults.items() if given[name] is None})
-
-
-class PullBackPoints(NamedTuple):
-    """Where the pull-back takes place: as computed, and half-way and all the way through a Newton correction."""
-
-    plain: Any
-    halfway: Any = None
-    corrected: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +172,8 @@ class Oracle(Contract, abstract="jb.Oracle"):
           adjoint_tol: residual asked of the adjoint system per sample. None: tol where that is given, else 1e-6 of
             what it is at the cold start. Both are traced.
           sample_weight: (n,) nonnegative weights of the mean; uniform when None. A sample of weight 0 is padding: it is
-            not solved (its loss is evaluated where it starts), and its status does not count.
+            not solved, its value and residuals are NaN, its warm start stays, and its status does not count. A chunk
+            of them costs nothing: with ``chunk=1`` a batch costs what its samples with weight cost.
 
         Raises:
           ValueError: negative tolerance or weight, weights without a finite positive sum or given twice, or leaves of
@@ -357,20 +321,6 @@ def _prepare(oracle, params, batch, warm, sample_weight):
     return split, weight / jnp.sum(weight)
 
 
-def named(oracle: Oracle, sample: Sample) -> Sample:
-    """A loss that is not finite gets a status too: the solves of that sample never saw what only the loss reads."""
-    sample = sample.filled(oracle.exact)
-    status = jnp.maximum(sample.lower.status, jnp.where(jnp.isfinite(sample.value), 0, Status.NONFINITE)).astype(
-        jnp.int32
-    )
-    return sample._replace(lower=sample.lower._replace(status=status))
-
-
-def usable(sample: Sample):
-    """Whether a sample's numbers mean anything: not so after NaN, or with an indefinite Hessian in the adjoint."""
-    return jnp.maximum(sample.lower.status, sample.adjoint.status) < Status.INDEFINITE
-
-
 @partial(jax.jit, static_argnums=0)
 def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     note_compilation(oracle)
@@ -384,9 +334,11 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
             samples = some.over(lambda m, w, ask: oracle.sample_value(params, split.data(m), w, ask(tol)))
         return carry, named(oracle, samples)
 
-    _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight)
-    samples, weight = _account(oracle, samples, weight)
-    value = _mean_value(oracle, samples, weight)
+    weighted = sample_weight is not None
+    _, samples = in_chunks(evaluate, oracle.chunk_size, None, (split.mapped, warm), weight, may_skip=weighted)
+    samples = without_padding(samples, warm, weight) if weighted else samples
+    samples, weight = account(oracle, samples, weight)
+    value = mean_value(oracle, samples, weight)
     return Value(
         value=value.value,
         error=value.error,
@@ -398,73 +350,41 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
     )
 
 
-def _account(oracle, samples: Sample, weight):
-    """Samples and weights of the mean: unusable samples are NaN, or (on_failure="drop") leave it.
-
-    The status of padding does not count; weights that say nothing are NONFINITE for every sample.
-    """
-    good = usable(samples)
-    status = jnp.where(weight == 0, Status.CONVERGED, samples.lower.status)
-    status = jnp.where(jnp.isnan(weight), Status.NONFINITE, status).astype(jnp.int32)
-    adjoint = jnp.where(weight == 0, Status.CONVERGED, samples.adjoint.status).astype(jnp.int32)
-    samples = samples._replace(
-        value=jnp.where(good, samples.value, jnp.nan),
-        lower=samples.lower._replace(status=status),
-        adjoint=samples.adjoint._replace(status=adjoint),
-    )
-    if oracle.on_failure == "nan":
-        return samples, weight
-    weight = jnp.where(good, weight, 0.0)
-    return samples, weight / jnp.sum(weight)
-
-
-class _MeanValue(NamedTuple):
-    value: Any
-    error: Any
-    bound: Any
-    shift: Any  # what the value is too large by, to first order
-
-
-def _mean_value(oracle, samples: Sample, weight) -> _MeanValue:
-    value, shift = batches.mean(samples.value, weight), batches.mean(samples.shift, weight)
-    estimate, bound = batches.mean(samples.estimate, weight), batches.mean(samples.bound, weight)
-    finite = jnp.isfinite(value)
-    rounding = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
-    estimate, bound = batches.infinite_unless(finite, estimate), batches.infinite_unless(finite, bound)
-    shift = jnp.where(jnp.isfinite(shift), shift, 0.0)
-    if oracle.correct:
-        return _MeanValue(value - shift, estimate + rounding, bound, jnp.zeros_like(shift))
-    error = batches.infinite_unless(finite, jnp.abs(shift) + estimate + rounding)
-    return _MeanValue(value, error, bound, shift)
-
-
 @partial(jax.jit, static_argnums=0)
 def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Hypergradient:
     note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
-    def evaluate(total, chunk):
+    def evaluate(carry, chunk):
+        total, scatter = carry
         (mapped, start), chunk_weight = chunk
         may_leave = sample_weight is not None or oracle.on_failure == "drop"
         with _products(oracle):
             start = _alive(oracle, params, split, mapped, start)
             some = Chunk(split, mapped, start, weight=chunk_weight, may_leave=may_leave)
             gradients, samples = oracle.gradients(params, some, tol, adjoint_tol)
-        return jax.tree.map(jnp.add, total, gradients), samples
+        if oracle.on_failure == "drop":
+            chunk_weight = jnp.where(usable(samples), chunk_weight, 0.0)
+        scatter = scatter.add(total.returned(oracle), gradients.returned(oracle), chunk_weight)
+        return (jax.tree.map(jnp.add, total, gradients), scatter), samples
 
     zero = trees.zeros_like(params)
     total = PullBackPoints(zero, *((zero if oracle.corrects else None,) * 2))
-    total, samples = in_chunks(evaluate, oracle.chunk_size, total, (split.mapped, warm), weight)
+    weighted = sample_weight is not None
+    carry = total, Scatter.zero(weight.dtype)
+    carry, samples = in_chunks(evaluate, oracle.chunk_size, carry, (split.mapped, warm), weight, may_skip=weighted)
+    total, scatter = carry
+    samples = without_padding(samples, warm, weight) if weighted else samples
     kept = jnp.sum(jnp.where(usable(samples), weight, 0.0)) if oracle.on_failure == "drop" else 1.0
     total = jax.tree.map(lambda leaf: (leaf / kept).astype(leaf.dtype), total)
-    samples, weight = _account(oracle, samples, weight)
-    value, value_error, value_bound, shift = _mean_value(oracle, samples, weight)
-    grad = total.corrected if oracle.correct else total.plain
+    samples, weight = account(oracle, samples, weight)
+    value, value_error, value_bound, shift = mean_value(oracle, samples, weight)
+    grad = total.returned(oracle)
     grad = trees.where(jnp.isfinite(value), grad, jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grad))
     finite = jnp.isfinite(value) & trees.all_finite(grad)
-    samples = _blamed(samples, finite | ~jnp.isfinite(value))
-    error = batches.infinite_unless(finite, _gradient_error(oracle, total, samples, weight))
-    bound = batches.infinite_unless(finite, _gradient_bound(oracle, total, samples, weight))
+    samples = blamed(samples, finite | ~jnp.isfinite(value))
+    error = batches.infinite_unless(finite, gradient_error(oracle, total, samples, weight))
+    bound = batches.infinite_unless(finite, gradient_bound(oracle, total, samples, weight))
     return Hypergradient(
         value=value,
         values=samples.value - samples.shift if oracle.correct else samples.value,
@@ -472,6 +392,7 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         value_bound=value_bound,
         shift=shift,
         grad=grad,
+        spread=batches.infinite_unless(finite, scatter.standard_error()),
         error=error,
         certified=jnp.isfinite(bound),
         bound=bound,
@@ -479,28 +400,3 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         lower=samples.lower,
         adjoint=samples.adjoint,
     )
-
-
-def _gradient_bound(oracle, total: PullBackPoints, samples: Sample, weight):
-    """A correction that is not returned proves more than the plain bound: how far it is, and how far it may be off."""
-    bound = batches.mean(samples.gradient_bound, weight)
-    if not oracle.corrects or oracle.correct:
-        return bound
-    moved = trees.norm(trees.sub(total.corrected, total.plain))
-    return jnp.fmin(bound, moved.astype(bound.dtype) + batches.mean(samples.corrected_bound, weight))
-
-
-def _blamed(samples: Sample, fine) -> Sample:
-    """A gradient that is not finite though every value is: nobody knows of which sample, so no adjoint is fine."""
-    status = jnp.where(fine, samples.adjoint.status, Status.NONFINITE).astype(jnp.int32)
-    return samples._replace(adjoint=samples.adjoint._replace(status=status))
-
-
-def _gradient_error(oracle, total: PullBackPoints, samples: Sample, weight):
-    if not oracle.corrects:
-        return oracle.unknown_error(weight.dtype)
-    moved = [trees.norm(trees.sub(a, b)) for a, b in itertools.pairwise((total.plain, total.halfway, total.corrected))]
-    left = jnp.max(jnp.where(weight > 0, samples.left, 0.0))
-    if oracle.correct:
-        return remaining(*moved, left)
-    return removed_and_left(trees.norm(trees.sub(total.corrected, total.plain)), *moved, left)

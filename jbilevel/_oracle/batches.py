@@ -119,10 +119,11 @@ def split(batch, in_axes) -> Split:
     )
 
 
-def in_chunks(evaluate, size, carry, inputs, weight):
-    """``carry, outs = evaluate(carry, inputs, weight)`` over chunks of ``size`` samples, scanned.
+def in_chunks(evaluate, size, carry, inputs, weight, may_skip: bool):
+    """``carry, outs = evaluate(carry, (inputs, weight))`` over chunks of ``size`` samples, scanned.
 
-    The last chunk is padded with copies of the last sample, of weight 0.
+    The last chunk is padded with copies of the last sample, of weight 0. ``may_skip``: a chunk without weight is not
+    evaluated, and its outs are zeros.
     """
     count = weight.shape[0]
     if size is None or size >= count:
@@ -134,8 +135,20 @@ def in_chunks(evaluate, size, carry, inputs, weight):
         return leaf.reshape((count + pad) // size, size, *leaf.shape[1:])
 
     weights = jnp.concatenate([weight, jnp.zeros((pad,), weight.dtype)]).reshape(-1, size)
-    carry, outs = jax.lax.scan(evaluate, carry, (jax.tree.map(fold, inputs), weights))
+    each = _where_any_weighs(evaluate) if may_skip else evaluate
+    carry, outs = jax.lax.scan(each, carry, (jax.tree.map(fold, inputs), weights))
     return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], outs)
+
+
+def _where_any_weighs(evaluate):
+    evaluate = jax.jit(evaluate)  # traced once for its shapes and its code
+
+    def each(carry, chunk):
+        _, outs = jax.eval_shape(evaluate, carry, chunk)
+        nothing = lambda carry, _: (carry, jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), outs))  # noqa: E731
+        return jax.lax.cond(jnp.any(chunk[1] != 0), evaluate, nothing, carry, chunk)
+
+    return each
 
 
 def over_samples(function):

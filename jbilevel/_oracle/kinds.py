@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jbilevel._core.results import Warm
-from jbilevel._oracle.base import Chunk, Oracle, PullBackPoints, Sample, named, usable
+from jbilevel._oracle.base import Chunk, Oracle
 from jbilevel._oracle.batches import over_samples
+from jbilevel._oracle.samples import PullBackPoints, Sample, named, usable
 
 
 def _without(kept, leaves, weight):

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm
 from jbilevel._core.validate import require_function, trace_scalar
-from jbilevel._oracle.base import PullBackPoints, Sample
 from jbilevel._oracle.bounds import depends_on, gradient_bound, removed_and_left, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
+from jbilevel._oracle.samples import PullBackPoints, Sample
 from jbilevel._oracle.systems import Adjoint, Approach, Lower, System
 from jbilevel._views.base import UNITS, Problem
 

@@ -51,7 +51,7 @@ class Alternating(Method):
 
     With params = (theta, t): t+ from ``task_steps`` steps on mean l(t, x_hat(theta)), with x_hat held fixed, and
     theta+ from one step on mean l(t+, x_hat(theta)) (block Gauss-Seidel). Both lower-level solves of a step are at the
-    same theta and to the accuracy that the second method asks for, so that the second finds its solution ready.
+    same theta and to the accuracy that the second method begins with, so that the second finds its solution ready.
 
     Args:
       oracle: of both groups, for warm starts and reconstructions.

@@ -44,6 +44,7 @@ class _Search(NamedTuple):
     """One step under way: the hypergradient at the present accuracies, and the trial at the present length."""
 
     hg: Hypergradient
+    way: Any  # what of its gradient can move params
     stale: Any  # whether the hypergradient has yet to be computed at these accuracies
     tol: Any
     adjoint_tol: Any
@@ -94,7 +95,7 @@ class MAID(Method):
     with ``certified``.
 
     ``rule="paper"`` is Algorithm 3 as printed: a failed trial shortens alpha by rho; after max_BT failures (10, one
-    more after each refinement; alpha stays short) eps and delta shrink by nu and z is computed again, warm. After
+    more after each refinement) eps and delta shrink by nu, z is computed again, warm, and alpha begins anew. After
     success eps, delta grow by nu_bar, alpha by rho_bar; the factors printed are the defaults. Deviations: with a
     projection ||params+ - params||^2/alpha stands for alpha ||z||^2; errors are those of the oracle; first accuracies
     and step are automatic; z = 0 is refined without trials; a step ends after 60 refinements.
@@ -228,6 +229,7 @@ class MAID(Method):
         zero, one, no = jnp.zeros((), jnp.int32), jnp.ones_like(state.step), jnp.asarray(False)
         return _Search(
             hg=nothing,
+            way=nothing.grad,
             stale=~no,
             tol=state.tol,
             adjoint_tol=state.adjoint_tol,
@@ -252,11 +254,12 @@ class MAID(Method):
     def _differentiate(self, state: MAIDState, batch, s: _Search) -> _Search:
         hg = self.asked(state.params, batch, s.hg.warm, tol=s.tol, adjoint_tol=s.adjoint_tol)
         first = self._first_length(state, hg.grad)
-        squared_norm = self._squared_norm(state, hg, first)
-        error = self._measured(hg)[1]
-        s = self._after_suspicion(s, hg) if self.adaptive else s
+        way = steps.reduced(self.projection, state.params, hg.grad, first)
+        squared_norm, error = trees.squared_norm(way), self._measured(hg)[1]
+        s = self._after_suspicion(s, way) if self.adaptive else s
         s = s._replace(
             hg=hg,
+            way=way,
             stale=jnp.asarray(False),
             trial_tol=s.tol,
             first=first,
@@ -279,9 +282,9 @@ class MAID(Method):
         factor = LEAST if self.adaptive else self.accuracy_down
         return s.tighten(blind & ~s.ended & ~s.stale, factor, factor)
 
-    def _after_suspicion(self, s: _Search, hg: Hypergradient) -> _Search:
+    def _after_suspicion(self, s: _Search, way) -> _Search:
         """Refined because trials kept failing: if z turned, begin anew along it; if not, go on and give back."""
-        turned = s.suspected & (trees.norm(trees.sub(hg.grad, s.hg.grad)) > TURNED * trees.norm(hg.grad))
+        turned = s.suspected & (trees.norm(trees.sub(way, s.way)) > TURNED * trees.norm(way))
         return s._replace(
             suspected=jnp.asarray(False),
             kept_tol=jnp.where(turned, s.tol, s.kept_tol),
@@ -315,7 +318,9 @@ class MAID(Method):
         """(factor on eps, factor on delta): the error of a corrected value is about delta eps + eps^2/2."""
         if self.certified:
             return factor, 1.0
-        adjoint = _attained(s.hg.adjoint) > _attained(s.hg.lower)
+        attained = _attained(s.hg.adjoint)
+        # an adjoint that does not do what it is asked for, or is none, does not follow delta
+        adjoint = (attained > _attained(s.hg.lower)) & (attained <= s.adjoint_tol)
         return jnp.where(adjoint, 1.0, factor), jnp.where(adjoint, factor, 1.0)
 
     def _first_length(self, state: MAIDState, grad):
@@ -368,7 +373,8 @@ class MAID(Method):
             s = s._replace(trial_warm=trees.where(accepted, found.warm, s.trial_warm))
             s = self._shorten(s, ~accepted, self.step_down)
             exhausted = ~accepted & (s.failures >= self.first_quota + s.rounds)
-            s = s._replace(failures=jnp.where(exhausted, 0, s.failures))
+            again = exhausted & ~_unseen(s)  # one more trial each time, so that any length is reached at last
+            s = s._replace(failures=jnp.where(again, 0, s.failures), shrink=jnp.where(again, 1.0, s.shrink))
             floor = self._floor(s.hg.lower) & self._floor(s.hg.adjoint)
             s = s._replace(ended=s.ended | exhausted & floor & _unseen(s))
             return s.tighten(exhausted & ~floor, self.accuracy_down, self.accuracy_down)
@@ -401,7 +407,7 @@ class MAID(Method):
     def _suspect(self, s: _Search, when) -> _Search:
         """See whether z is at fault, by better accuracies than were attained (warm solves may do nothing otherwise)."""
         floor = self._floor(s.hg.lower) & self._floor(s.hg.adjoint)
-        lost = _unseen(s) | (self._measured(s.hg)[1] > 2 * s.first * trees.squared_norm(s.hg.grad))
+        lost = _unseen(s) | (self._measured(s.hg)[1] > 2 * s.first * trees.squared_norm(s.way))
         s = s._replace(
             quota=s.quota + jnp.where(when & floor, self.first_quota, 0), ended=s.ended | when & floor & lost
         )
@@ -447,7 +453,7 @@ class MAID(Method):
 def _unseen(s: _Search):
     """Whether what a step of this length could bring is below the rounding of the value."""
     value = s.hg.value
-    return s.step * trees.squared_norm(s.hg.grad) <= jnp.finfo(value.dtype).eps * jnp.abs(value)
+    return s.step * trees.squared_norm(s.way) <= jnp.finfo(value.dtype).eps * jnp.abs(value)
 
 
 def _attained(info: SolveInfo):

@@ -194,7 +194,8 @@ def test_the_network_learns_on_reconstructions_of_the_present_accuracy():
     tols = jb.fit(method, params, batch, steps=6).history["tol"]
     jax.effects_barrier()
     assert tols[0] / tols[-1] == pytest.approx(216)
-    np.testing.assert_array_equal(asked, tols)
+    np.testing.assert_array_equal(asked[1:], tols[1:])
+    assert asked[0] > tols[0]  # the first accuracy is refined when the hypergradient is at hand
 
 
 @pytest.mark.parametrize("alternate", [None, optax.adam(0.02)], ids=["joint", "alternating"])

@@ -64,7 +64,8 @@ class Alternating(Method):
     ``done`` where that step is.
 
     Raises:
-      TypeError: ``oracle`` is no `jb.Oracle`, a method is no `jb.Method`. ValueError: ``task_steps`` is not positive.
+      TypeError: ``oracle`` is no `jb.Oracle`, a method is no `jb.Method`. ValueError: ``task_steps`` is not positive, or ``reconstruction``
+        looks ahead, as `jb.QuasiNewton` does.
 
     >>> import jbilevel as jb, jax.numpy as jnp, optax
     >>> @dataclass(frozen=True)
@@ -98,6 +99,13 @@ class Alternating(Method):
         for name, method in (("reconstruction", self.reconstruction), ("task", self.task)):
             if not isinstance(method, Method):
                 raise TypeError(f"`{name}` of Alternating must be a method such as jb.MAID(oracle), got {method!r}.")
+        if self.reconstruction.looks_ahead:
+            kind = type(self.reconstruction).__name__
+            raise ValueError(
+                f"`reconstruction` of Alternating must begin each step at its params, and {kind} does not, so that it "
+                "would miss what the network learns in between: take jb.MAID, or move all leaves at once, without "
+                "`alternate`."
+            )
         if self.task_steps < 1:
             raise ValueError(f"`task_steps` must be at least 1, got {self.task_steps}.")
         if self.log_error:  # the error that is reported is that of the reconstruction's step

@@ -114,6 +114,7 @@ class QuasiNewton(Method):
     pairs: int = 10
 
     compares_values = True
+    looks_ahead = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -27,6 +27,7 @@ from jbilevel._views.base import Problem
 from jbilevel.alternating import Alternating, Batches
 from jbilevel.first_order import FirstOrder
 from jbilevel.maid import MAID
+from jbilevel.quasi_newton import QuasiNewton
 from jbilevel.solvers import solve
 from jbilevel.training import FitResult, fit
 
@@ -317,9 +318,11 @@ def default_rates() -> optax.GradientTransformation:
     return rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
 
 
-def _default_method(changing: bool) -> Callable:
+def _default_method(changing: bool, alternating: bool) -> Callable:
     """``oracle -> method``: one that compares values only where they can be compared."""
-    return partial(FirstOrder, optimizer=default_rates) if changing else MAID
+    if changing:
+        return partial(FirstOrder, optimizer=default_rates)
+    return MAID if alternating else QuasiNewton
 
 
 def task_adapted(
@@ -358,9 +361,9 @@ def task_adapted(
         iterator; with the measurements, the labels and whatever else (clean images are not read).
       finetune: which leaves of T learn too, as for `partition`: ``(path, leaf) -> bool``, a tree of bools, or
         ``UNet.last(2)``. None: T stays as it is.
-      method: ``(oracle) -> method``: `MAID`, `HOAG`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. Fine-tuning
-        wants learning rates of its own for T: `task.rates`, or ``alternate``. None: `MAID` on a full batch; where
-        batches change, Adam with the rates 0.1 of theta and 1e-3 of T.
+      method: ``(oracle) -> method``: `QuasiNewton`, `MAID`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. With
+        optax, fine-tuning wants learning rates of its own for T: `task.rates`, or ``alternate``. None: `QuasiNewton` on
+        a full batch (`MAID` with ``alternate``); where batches change, Adam with the rates 0.1 of theta and 1e-3 of T.
       projection: of theta onto a feasible set, e.g. ``R.project`` or a box, `prox.box`.
       alternate: an optax optimiser of T. Each step then takes ``task_steps`` of its steps on the reconstructions as
         they are, without any further lower-level solve, and one step of ``method`` in theta alone. None: ``method``
@@ -396,7 +399,7 @@ def task_adapted(
     pipeline.inspect(params, first)
     joint = pipeline.oracle(first, **(oracle or {}))
     feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
-    chosen = (method or _default_method(is_changing(batches)))(joint, **feasible)
+    chosen = (method or _default_method(is_changing(batches), alternate is not None))(joint, **feasible)
     if alternate is not None:
         parts = {"x": 0, "labels": 0, FROZEN: None}
         network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)

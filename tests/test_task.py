@@ -118,10 +118,15 @@ def learned(**settings):
     return jb.task_adapted(problem, network, LOSS, **start | chosen | settings)
 
 
-def test_maid_decreases_the_task_loss_and_leaves_the_network_alone():
-    found = learned(steps=8, method=None)  # MAID on a full batch
-    values = found.fit.history["value"]
-    assert np.all(np.diff(values) < 0) and len(values) >= 3
+def test_a_full_batch_needs_no_method_and_leaves_the_network_alone():
+    found = learned(steps=40, method=None)  # jb.QuasiNewton
+    assert isinstance(found.fit.state, jb.quasi_newton.QuasiNewtonState)
+    _, params, batch, oracle = settled(*denoising(), **CHEAP)
+    here = oracle(params | {"regularizer": found.regularizer}, batch, tol=1e-9)
+    start = oracle(params, batch, tol=1e-9)
+    assert float(here.value) < float(start.value)
+    slopes = [float(trees.norm(hg.grad["regularizer"])) for hg in (here, start)]
+    assert slopes[0] < 1e-2 * slopes[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, found.task, NET))
     assert found(BATCH).shape == (3, 6, 6)
     x = found.reconstruct({"y": BATCH["y"]}, tol=1e-8)
@@ -166,6 +171,12 @@ def test_projection_is_a_box_on_the_regularizer():
     )  # fmt: skip
     assert float(found.regularizer[0]) in (pytest.approx(float(low[0])), pytest.approx(float(low[0]) + 0.05))
     assert not np.array_equal(found.task["head"]["slope"], NET["head"]["slope"])
+
+
+def test_a_method_that_looks_ahead_moves_all_leaves_or_none():
+    with pytest.raises(ValueError, match="QuasiNewton does not.* take jb.MAID"):
+        learned(finetune=head, method=jb.QuasiNewton, alternate=optax.adam(0.02), steps=1)
+    assert isinstance(learned(finetune=head, method=None, steps=1).fit.state, jb.quasi_newton.QuasiNewtonState)
 
 
 @pytest.mark.slow

@@ -83,6 +83,8 @@ class Method(Contract, abstract="jb.Method"):
         they are not computed, and reported as inf.
       compares_values: of the class: whether values of one step are compared with values of another; `jb.fit` then
         refuses batches that change from step to step, because a new batch has another value at the same parameters.
+      looks_ahead: of the class: whether a step may ask for the hypergradient elsewhere than at ``state.params``, in
+        which case nothing else may move a part of the parameters in between.
 
     Raises:
       TypeError: ``oracle`` is no `jb.Oracle`; a subclass lacks `init` or `step`.
@@ -107,6 +109,7 @@ class Method(Contract, abstract="jb.Method"):
     log_error: bool = False
 
     compares_values: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def __post_init__(self):
         require_oracle(self.oracle, type(self).__name__)

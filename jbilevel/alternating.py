@@ -64,8 +64,8 @@ class Alternating(Method):
     ``done`` where that step is.
 
     Raises:
-      TypeError: ``oracle`` is no `jb.Oracle`, a method is no `jb.Method`. ValueError: ``task_steps`` is not positive, or
-        ``reconstruction`` looks ahead, as `jb.QuasiNewton` does.
+      TypeError: ``oracle`` is no `jb.Oracle`, a method is no `jb.Method`. ValueError: ``task_steps`` is not positive,
+        or ``reconstruction`` looks ahead, as `jb.QuasiNewton` does.
 
     >>> import jbilevel as jb, jax.numpy as jnp, optax
     >>> @dataclass(frozen=True)

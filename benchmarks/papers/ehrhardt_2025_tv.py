@@ -205,7 +205,7 @@ def _methods(args, setting: Setting, params):
             yield {"method": "MAID", "variant": variant, "tol": tol}, method, state, {}
     plain = Counting(setting.problem, setting.loss, estimate=False)
     for schedule in args.schedules:
-        method = jb.HOAG(plain, schedule=schedule)
+        method = jb.HOAG(plain, schedule, rule="pedregosa")
         yield {"method": "HOAG", "variant": schedule, "tol": None}, method, method.init(params, batch), {}
     for name, rates in RATES.items():
         optimizer = optax.inject_hyperparams(OPTIMISERS[name])(learning_rate=0.1)

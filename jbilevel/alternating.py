@@ -107,6 +107,10 @@ class Alternating(Method):
     def compares_values(self) -> bool:
         return self.reconstruction.compares_values or self.task.compares_values
 
+    @property
+    def grows_batch(self) -> bool:
+        return self.reconstruction.grows_batch
+
     def init(self, params, batch) -> AlternatingState:
         still = params | {"task": jax.tree.map(lambda _: None, params["task"])}
         reconstruction = self.reconstruction.init(still, self.batches.of_reconstruction(params["task"], batch))

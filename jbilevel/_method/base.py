@@ -83,6 +83,8 @@ class Method(Contract, abstract="jb.Method"):
         they are not computed, and reported as inf.
       compares_values: of the class: whether values of one step are compared with values of another; `jb.fit` then
         refuses batches that change from step to step, because a new batch has another value at the same parameters.
+      grows_batch: of the class: whether values are those of growing parts of the batch; `jb.fit` then takes none
+        of them for the best.
 
     Raises:
       TypeError: ``oracle`` is no `jb.Oracle`; a subclass lacks `init` or `step`.
@@ -107,6 +109,7 @@ class Method(Contract, abstract="jb.Method"):
     log_error: bool = False
 
     compares_values: ClassVar[bool] = False
+    grows_batch: ClassVar[bool] = False
 
     def __post_init__(self):
         require_oracle(self.oracle, type(self).__name__)

@@ -68,6 +68,13 @@ def weights(batch, sample_weight):
     return np.ldexp(weight, -np.frexp(np.max(weight))[1])  # exact, and neither a cast nor their sum overflows
 
 
+def weighed(batch, weight):
+    """(the batch, and a ``sample_weight`` for it) whose samples have these weights in place of their own."""
+    if isinstance(batch, Mapping) and WEIGHTS in batch:
+        return type(batch)({**batch, WEIGHTS: weight}), None  # type: ignore[call-arg]
+    return batch, weight
+
+
 class Split(NamedTuple):
     """A batch as (mapped leaves with the sample axis in front, shared leaves) and the way back."""
 

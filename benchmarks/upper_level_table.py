@@ -15,6 +15,7 @@ ADAM = "Adam"
 # name: class, made as class(oracle, projection=...); one line for each further method
 METHODS: dict[str, Callable] = {
     "QuasiNewton": jb.QuasiNewton,
+    "Stochastic": jb.Stochastic,
     "MAID": jb.MAID,
     "HOAG": jb.HOAG,
     "NBA": jb.NBA,

@@ -155,14 +155,17 @@ class QuasiNewton(Method):
         return following, self._told(state, following, seen)
 
     def _look(self, state: QuasiNewtonState, batch) -> tuple[Point, Any]:
-        unravel = ravel_pytree(state.params)[1]
-        hg = self.asked(unravel(state.target), batch, state.warm, tol=state.tol, adjoint_tol=state.adjoint_tol)
+        hg = self._ask(state, batch)
         slope = ravel_pytree(hg.grad)[0]
         size = jnp.linalg.norm(slope)
         if self.projection is not None:
             h = REDUCED * state.radius / jnp.where(size > 0, size, 1.0)
             slope = (state.target - self._project(state, state.target - h * slope)) / h
         return Point.of(hg, state.target, slope, size), hg.warm
+
+    def _ask(self, state: QuasiNewtonState, batch, weight=None):
+        params, tols = ravel_pytree(state.params)[1](state.target), {"tol": state.tol, "adjoint_tol": state.adjoint_tol}
+        return self.asked(params, batch, state.warm, **tols, sample_weight=weight)
 
     def _project(self, state, flat):
         if self.projection is None:
@@ -173,7 +176,8 @@ class QuasiNewton(Method):
 
     def _first(self, state, seen: Point):
         state = replace(state, point=seen, kept=state.warm)
-        return self._begun(state) if self.oracle.exact else self._starting(state, EPS)
+        begun = self._begun(state)  # again, where accuracies are known already
+        return begun if self.oracle.exact else trees.where(state.starts > 0, begun, self._starting(state, EPS))
 
     def _starting(self, state, kind):
         """The next hypergradient refines one accuracy tenfold, or both where nothing is seen yet."""
@@ -204,8 +208,8 @@ class QuasiNewton(Method):
         point = state.point
         return replace(
             self._trying(state),
-            recent=state.recent.at[0].set(point.value),
-            trail=lbfgs.Trail.at(point.at, point.slope),
+            recent=jnp.full_like(state.recent, -jnp.inf).at[0].set(point.value),
+            trail=lbfgs.Trail.at(point.at, point.slope)._replace(length=state.trail.length),
             highest=point.value,
             best=point,
         )
@@ -387,8 +391,7 @@ class QuasiNewton(Method):
         return self._here(state, PROBE, accuracy, eps, delta)
 
     def _probe(self, state, seen: Point):
-        point, change = state.point, seen.value - state.point.value
-        size = seen.size
+        point, size, change = state.point, seen.size, seen.value - state.point.value
         moved = jnp.linalg.norm(seen.slope - point.slope) / jnp.where(size > 0, size, 1.0)
         accuracy = state.accuracy.judged(
             moved, change, point.lower, point.adjoint, taken=state.taken, failing=state.failures > 0
@@ -479,7 +482,6 @@ class QuasiNewton(Method):
     def _told(self, before, after, seen: Point) -> StepInfo:
         at = trees.where(before.phase <= START, seen, before.best)
         moved = jnp.linalg.norm(after.best.at - before.best.at)
-        done = after.done | before.done
         return StepInfo(
             value=at.raw,
             grad_norm=at.grad_norm,
@@ -489,7 +491,7 @@ class QuasiNewton(Method):
             adjoint_tol=before.adjoint_tol,
             work=seen.work,
             status=jnp.where(moved > 0, jnp.maximum(at.status, seen.status), at.status),
-            done=done,
+            done=after.done | before.done,
             stationary=after.flat & acceptable(at.status),
         )
 

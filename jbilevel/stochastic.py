@@ -1,4 +1,4 @@
-"""Mini-batches, with an accuracy that follows their noise or a schedule (Salehi, Mukherjee, Roberts, Ehrhardt 2025)."""
+"""Mini-batches and growing batches, with an accuracy that follows their noise or a schedule (Salehi et al. 2025)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jbilevel._core import brief, trees
 from jbilevel._core.optimizers import Optimizer, WithOptimizer
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, StepInfo
-from jbilevel._method import steps
+from jbilevel._method import steps, subsets
 from jbilevel._method.base import Method, MethodState, compiled
 from jbilevel._method.steps import Tolerances
+from jbilevel._method.subsets import Subset
 from jbilevel._oracle import batches
+from jbilevel.quasi_newton import FIRST, QuasiNewton, QuasiNewtonState
 
-__all__ = ["Probes", "Stochastic", "StochasticState"]
+__all__ = ["GrowingState", "Probes", "Stochastic", "StochasticState"]
 
 SAMPLING = "sampling"
 # of epochs, or steps, 0, 1, ...
@@ -42,6 +44,10 @@ class StochasticState(MethodState):
     first_tol: Any  # accuracies that a schedule scales
     first_adjoint_tol: Any
     probes: Probes
+
+
+class GrowingState(QuasiNewtonState):
+    subset: Subset
 
 
 class Probes(NamedTuple):
@@ -129,9 +135,64 @@ class _Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stochastic(WithOptimizer, Method):
-    """Inexact stochastic gradients: params+ = P(params + optax update(hypergradient of a batch)).
+class _Growing(QuasiNewton):
+    """Quasi-Newton descent on nested subsets of the batch that grow as the noise of their hypergradients asks for.
 
+    Whatever would end it ends it on the whole batch only.
+    """
+
+    seed: int = 0
+
+    def init(self, params, batch) -> GrowingState:
+        count, chunk = batches.split(batch, self.oracle.in_axes.tree()).count, self.oracle.chunk_size
+        if count > subsets.FIRST:
+            _require_chunks(self.oracle, batch, "take jb.QuasiNewton")
+        chunk = count if chunk is None else min(chunk, count)
+        subset = Subset.first(jax.random.key(self.seed), self._weights(batch, count), chunk)
+        return GrowingState(**vars(super().init(params, batch)), subset=subset)
+
+    @compiled
+    def step(self, state: GrowingState, batch) -> tuple[GrowingState, StepInfo]:
+        following, info = super().step(state, batch)
+        point, subset = following.point, state.subset
+        subset = trees.where(following.taken > state.taken, subset.saw(point.spread, point.size), subset)
+        grow = ~subset.whole & (following.done | subset.noisy)
+        following = replace(following, subset=subset)
+        following = trees.where(grow, self._grown(following), following)
+        return following, info._replace(done=info.done & ~grow, stationary=info.stationary & ~grow)
+
+    def _ask(self, state: GrowingState, batch, weight=None):
+        weight = state.subset.weigh(self._weights(batch, state.subset.place.size))
+        return super()._ask(state, *batches.weighed(batch, weight))
+
+    def _weights(self, batch, count):
+        own = batches.weights(batch, None)
+        return jnp.ones((count,)) if own is None else jnp.asarray(own, float)
+
+    def _grown(self, state: GrowingState) -> GrowingState:
+        """Next comes a first look at the best point with more samples; memory, radius and accuracies stay."""
+        none, no = jnp.zeros_like(state.failures), jnp.zeros_like(state.done)
+        # a descent that came to its end may have made its steps as short as the rounding of values
+        radius = jnp.where(state.done, jnp.maximum(state.radius, state.jam.longest), state.radius)
+        state = replace(
+            state, subset=state.subset.grown(), point=state.best, excursion=state.excursion._replace(on=no),
+            radius=radius, failures=none, contradictions=none, flat=no, done=no,
+        )  # fmt: skip
+        return self._here(state, FIRST, state.accuracy, state.accuracy.eps, state.accuracy.delta)
+
+
+@dataclass(frozen=True)
+class Stochastic(WithOptimizer, Method):
+    """Stochastic hypergradients: batches that change, moved by an optimiser, or one that is used more and more.
+
+    Without an ``optimizer`` nothing has to be tuned. It is the rule of `jb.QuasiNewton` on nested subsets of ONE full
+    batch. Samples (whole chunks of the oracle) join in a random order, first 16 of them. Once the standard error of the
+    hypergradient (its `spread` times sqrt(1 - n/N), for n of N samples) is more than twice its norm, in a running mean
+    over accepted steps, n doubles: model, radius and accuracies stay, values begin anew. Until n = N all values and
+    gradients that are told are those of the subset, and the method never ends; then it is `jb.QuasiNewton`. Samples
+    that have not joined cost nothing. A ``"sample_weight"`` of the batch multiplies; samples of weight 0 never join.
+
+    With an ``optimizer``, params+ = P(params + optax update(hypergradient of a batch)).
     Batches may change from step to step; with an entry ``"index"``, `jb.fit` gives each sample its own warm start.
     The accuracies follow ``accuracy``:
 
@@ -150,16 +211,19 @@ class Stochastic(WithOptimizer, Method):
         CPU, where samples are solved one by one, it has them; elsewhere give it ``chunk=1`` or a few samples.
       optimizer: an optax ``GradientTransformation``, also one that reads the ``value``, such as
         `optax.contrib.momo_adam`; or a function without arguments that makes one, which a method needs to be pickled.
+        None: quasi-Newton descent on a growing batch.
       accuracy: "sampling", "decay", or a traceable function from k to a positive number.
       tol, adjoint_tol: first accuracies; None takes 0.1 of the sizes at the cold start, measured by ``init``.
       epoch: steps, of a schedule.
-      projection: ``params -> params``, applied after each update.
+      projection: ``params -> params``, applied after each update; without an optimizer onto a convex set.
+      seed: of the order in which samples join.
       log_error: see `jb.Method`.
 
     Raises:
       TypeError: ``oracle`` is no `jb.Oracle`, or ``optimizer`` is none of optax.
       ValueError: no such accuracy, one that is not positive at 0, or an ``epoch`` that is no positive number; in
-        ``init`` and ``step``: "sampling" on batches that the oracle solves as a single chunk, which tells no noise.
+        ``init`` and ``step``: "sampling" on batches that the oracle solves as a single chunk, which tells no noise
+        (without an optimizer: on more than 16 samples). An accuracy, tolerance or epoch without an optimizer.
 
     >>> import jbilevel as jb, jax.numpy as jnp, numpy as np, optax
     >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
@@ -168,22 +232,27 @@ class Stochastic(WithOptimizer, Method):
     >>> result = jb.fit(Stochastic(oracle, optax.adam(0.1)), jnp.array(1.0), lambda k: data[k % 100], steps=100)
     >>> round(float(result.params), 1)
     1.5
+    >>> result = jb.fit(Stochastic(oracle), jnp.array(1.0), data.ravel(), steps=20)  # 16 of 500 samples, then more
+    >>> round(float(result.params), 1), result.work < 500 * 20
+    (1.5, True)
 
     Reference: Salehi, Mukherjee, Roberts & Ehrhardt, Bilevel Learning via Inexact Stochastic Gradient Descent (2025),
     for the descent and its schedules; "sampling" is ours.
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer | None = None
     _: KW_ONLY
     accuracy: str | Callable = SAMPLING
     tol: float | None = None
     adjoint_tol: float | None = None
     epoch: int = 1
     projection: Callable | None = None
+    seed: int = 0
 
     def __post_init__(self):
         Method.__post_init__(self)
-        WithOptimizer.__post_init__(self)
+        if self.optimizer is not None:
+            WithOptimizer.__post_init__(self)
         if not callable(self.accuracy) and self.accuracy not in (SAMPLING, *SCHEDULES):
             known = ", ".join(repr(name) for name in (SAMPLING, *SCHEDULES))
             raise ValueError(f"`accuracy` must be {known} or a function of the epoch, got {self.accuracy!r}.")
@@ -191,8 +260,37 @@ class Stochastic(WithOptimizer, Method):
             raise ValueError(f"`accuracy` must give a positive number, but gives {float(factor)} at 0.")
         if not self.epoch >= 1:
             raise ValueError(f"`epoch` must be a positive number of steps, got {self.epoch}.")
+        if self.optimizer is None:
+            self._require_defaults()
 
-    def init(self, params, batch) -> StochasticState:
+    def _require_defaults(self) -> None:
+        defaults = {"accuracy": SAMPLING, "tol": None, "adjoint_tol": None, "epoch": 1}
+        for name, default in defaults.items():
+            if (given := vars(self)[name]) != default:
+                raise ValueError(
+                    f"`{name}`={given!r} of Stochastic is for descents with an `optimizer`, such as optax.adam(1e-2); "
+                    "give one, or leave it out: accuracies are then set by probing."
+                )
+
+    @property
+    def compares_values(self) -> bool:
+        return self.optimizer is None
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.optimizer is None
+
+    @property
+    def grows_batch(self) -> bool:
+        return self.optimizer is None
+
+    @property
+    def _growing(self) -> _Growing:
+        return _Growing(self.oracle, projection=self.projection, seed=self.seed, log_error=self.log_error)
+
+    def init(self, params, batch) -> StochasticState | GrowingState:
+        if self.optimizer is None:
+            return self._growing.init(params, batch)
         if self._probing:
             self._require_chunks(batch)
         params = steps.project(self.projection, params)
@@ -212,7 +310,9 @@ class Stochastic(WithOptimizer, Method):
         )
 
     @compiled
-    def step(self, state: StochasticState, batch) -> tuple[StochasticState, StepInfo]:
+    def step(self, state, batch) -> tuple[StochasticState | GrowingState, StepInfo]:
+        if self.optimizer is None:
+            return self._growing.step(state, batch)
         call = self._probed(state, batch) if self._probing else self._plain(state, batch)
         moved = steps.optax_step(self.transformation(), self.projection, state.params, state.optimizer, call.hg)
         following = replace(
@@ -282,12 +382,16 @@ class Stochastic(WithOptimizer, Method):
         return jax.lax.while_loop(lambda call: call.again, ask, none)
 
     def _require_chunks(self, batch) -> None:
-        count, size = batches.split(batch, self.oracle.in_axes.tree()).count, self.oracle.chunk_size
-        if size is None or size >= count:
-            raise ValueError(
-                f"`accuracy`='sampling' compares the chunks of a batch, and the oracle solves all {count} samples of "
-                "this one in a single chunk; give the oracle `chunk=1`, more samples to a batch, or a schedule here."
-            )
+        _require_chunks(self.oracle, batch, "more samples to a batch, or a schedule here")
+
+
+def _require_chunks(oracle, batch, otherwise: str) -> None:
+    count, size = batches.split(batch, oracle.in_axes.tree()).count, oracle.chunk_size
+    if size is None or size >= count:
+        raise ValueError(
+            f"`accuracy`='sampling' compares the chunks of a batch, and the oracle solves all {count} samples of this "
+            f"one in a single chunk; give the oracle `chunk=1`, {otherwise}."
+        )
 
 
 def _attained(info: SolveInfo):

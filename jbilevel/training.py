@@ -161,6 +161,7 @@ def fit(
         if begun is None:
             return _not_begun(params, interruption.cause)
         run, history = begun
+        one_objective = not (given.changing or method.grows_batch)
         rules, take = stopping.Rules(value_below, grad_norm_below, work_budget), Stepper(method)
         if _ended(run, history, rules, steps) is None:
             file.require_writable()
@@ -185,7 +186,7 @@ def fit(
                         reason = FitStatus.FAILED, stopping.failure(run.steps, taken)
                         break
                     store = warm_store.remember(run.store, index, taken.state.warm)
-                    following = run.after(taken, store, compared=not given.changing)
+                    following = run.after(taken, store, compared=one_objective)
                     history.record(run.steps, taken, following.work)
                     interruption.wait()  # all that belongs to a finished step is done before the run ends
                     run = following
@@ -207,7 +208,7 @@ def fit(
     status, message = ended
     if status is FitStatus.INTERRUPTED:
         message = f"Interrupted{interruption.cause}; the state is the one after {run.steps} finished steps."
-    told = [message, stopping.rise(history, given.changing), history.failures()]
+    told = [message, stopping.rise(history, one_objective), history.failures()]
     told += [sentence for sentence in unwritten if sentence not in message]
     return FitResult(
         params=run.state.params,

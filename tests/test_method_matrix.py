@@ -78,13 +78,14 @@ METHODS = {
     "FirstOrder": DESCENT,
     "FirstOrder, averaged Adam": partial(jb.FirstOrder, optimizer=optax.adam(0.3), average=0.9),
     "Stochastic": partial(jb.Stochastic, optimizer=optax.sgd(0.2)),
+    "Stochastic, growing": jb.Stochastic,
     "Stochastic, decaying": partial(jb.Stochastic, optimizer=optax.sgd(0.2), accuracy="decay"),
     "Alternating": partial(alternating, DESCENT),
     "Alternating HOAG": partial(alternating, partial(jb.HOAG, step_size=0.2)),
 }
 EACH = pytest.mark.parametrize("name", METHODS)
 # of methods that stand here twice, one is enough where an inexact oracle makes compiling long
-VARIANTS = ("NBA, trust region", "FirstOrder, averaged Adam", "Stochastic, decaying")
+VARIANTS = ("NBA, trust region", "FirstOrder, averaged Adam", "Stochastic, growing", "Stochastic, decaying")
 QUICK_OR_SLOW = [pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ()) for n in METHODS]
 EACH_INEXACTLY = pytest.mark.parametrize("name", QUICK_OR_SLOW)
 COMPARING = [name for name in METHODS if METHODS[name](EXACT).compares_values]

@@ -222,6 +222,7 @@ WITHOUT_EXAMPLE = {
         ("maid", "MAID"),
         ("nba", "NBA"),
         ("quasi_newton", "QuasiNewton"),
+        ("stochastic", "Growing"),
         ("stochastic", "Stochastic"),
     )
 } | {"operators.Astra": "its package is not installed everywhere; the example is shown, not run"}

@@ -96,6 +96,7 @@ METHODS = {
     "HOAG": lambda: jb.HOAG(SADDLE.oracle(loss)),
     "NBA": lambda: jb.NBA(SPARSE.oracle(loss)),
     "FirstOrder": lambda: jb.FirstOrder(SMOOTH.oracle(loss), partial(optax.adam, 0.1), average=0.5),
+    "Stochastic, growing": lambda: jb.Stochastic(SMOOTH.oracle(loss)),
     "Stochastic": lambda: jb.Stochastic(SMOOTH.oracle(loss), partial(optax.adam, 0.1), accuracy="decay"),
     "rates": lambda: jb.FirstOrder(jb.explicit.Oracle(value), task.default_rates),
     "Optax": lambda: jb.HOAG(SMOOTH.oracle(loss, solver=jb.solvers.Optax(partial(optax.sgd, 0.3)))),

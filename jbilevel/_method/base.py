@@ -85,6 +85,8 @@ class Method(Contract, abstract="jb.Method"):
         refuses batches that change from step to step, because a new batch has another value at the same parameters.
       looks_ahead: of the class: whether a step may ask for the hypergradient elsewhere than at ``state.params``, in
         which case nothing else may move a part of the parameters in between.
+      grows_batch: of the class: whether values are those of growing parts of the batch; `jb.fit` then takes none
+        of them for the best.
 
     Raises:
       TypeError: ``oracle`` is no `jb.Oracle`; a subclass lacks `init` or `step`.
@@ -110,6 +112,7 @@ class Method(Contract, abstract="jb.Method"):
 
     compares_values: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    grows_batch: ClassVar[bool] = False
 
     def __post_init__(self):
         require_oracle(self.oracle, type(self).__name__)

@@ -21,6 +21,7 @@ class Point(NamedTuple):
     raw: Any  # value as the oracle gives it
     grad_norm: Any  # of the flat slope, before any projection
     error: Any  # of the hypergradient
+    spread: Any  # standard error of the hypergradient as a mean over samples
     bound: Any  # proven, of the raw value
     lower: Any  # errors that were attained, mean over samples
     adjoint: Any
@@ -31,10 +32,11 @@ class Point(NamedTuple):
     @classmethod
     def of(cls, hg: Hypergradient, at, slope, grad_norm) -> Point:
         attained = jnp.where(jnp.isfinite(hg.lower.error), hg.lower.error, hg.lower.residual)
+        steps = jnp.where(jnp.isfinite(hg.lower.residual), hg.lower.steps, jnp.nan)  # not of samples without weight
         numbers = {
             "value": hg.value - hg.shift, "raw": hg.value, "grad_norm": grad_norm, "error": hg.error,
-            "bound": hg.value_bound, "lower": finite_mean(attained), "adjoint": finite_mean(hg.adjoint.residual),
-            "steps": jnp.mean(hg.lower.steps), "work": hg.work,
+            "spread": hg.spread, "bound": hg.value_bound, "lower": finite_mean(attained),
+            "adjoint": finite_mean(hg.adjoint.residual), "steps": finite_mean(steps), "work": hg.work,
         }  # fmt: skip
         numbers = {name: jnp.asarray(number, at.dtype) for name, number in numbers.items()}
         return cls(at=at, slope=slope, status=hg.status.astype(jnp.int32), **numbers)
@@ -45,7 +47,8 @@ class Point(NamedTuple):
         infinite = jnp.full_like(zero, jnp.inf)
         return cls(
             at=at, value=infinite, slope=jnp.zeros_like(at), raw=infinite, grad_norm=infinite, error=infinite,
-            bound=infinite, lower=zero, adjoint=zero, steps=zero, status=jnp.zeros((), jnp.int32), work=zero,
+            spread=infinite, bound=infinite, lower=zero, adjoint=zero, steps=zero, status=jnp.zeros((), jnp.int32),
+            work=zero,
         )  # fmt: skip
 
     @property

@@ -62,10 +62,10 @@ def failure(step: int, taken: Taken) -> str:
     return f"Step {step} gave {what}; the state is the one before it.{cause}"
 
 
-def rise(history: History, changing: bool) -> str:
+def rise(history: History, one_objective: bool) -> str:
     """A sentence where the last value is above the first."""
     values = [row[COLUMNS.index("value")] for row in history.rows]
     if not values or not values[-1] > values[0]:
         return ""
-    apart = ", each that of its own batch" if changing else ""
+    apart = "" if one_objective else ", each that of its own batch"
     return f"But the value rose from {values[0]:.6g} to {values[-1]:.6g}{apart}."

@@ -385,9 +385,15 @@ class Stochastic(WithOptimizer, Method):
         _require_chunks(self.oracle, batch, "more samples to a batch, or a schedule here")
 
 
+def tells_noise(oracle, batch) -> bool:
+    """Whether the oracle solves the batch in several chunks, whose hypergradients differ by their noise."""
+    size = oracle.chunk_size
+    return size is not None and size < batches.split(batch, oracle.in_axes.tree()).count
+
+
 def _require_chunks(oracle, batch, otherwise: str) -> None:
-    count, size = batches.split(batch, oracle.in_axes.tree()).count, oracle.chunk_size
-    if size is None or size >= count:
+    if not tells_noise(oracle, batch):
+        count = batches.split(batch, oracle.in_axes.tree()).count
         raise ValueError(
             f"`accuracy`='sampling' compares the chunks of a batch, and the oracle solves all {count} samples of this "
             f"one in a single chunk; give the oracle `chunk=1`, {otherwise}."

@@ -22,6 +22,7 @@ from jbilevel._core import brief
 from jbilevel._core.partition import combine, partition
 from jbilevel._core.results import check
 from jbilevel._core.validate import arrays, require_hashable, trace_scalar
+from jbilevel._oracle.base import Oracle
 from jbilevel._training.batches import is_changing, mapped
 from jbilevel._views.base import Problem
 from jbilevel.alternating import Alternating, Batches
@@ -29,6 +30,7 @@ from jbilevel.first_order import FirstOrder
 from jbilevel.maid import MAID
 from jbilevel.quasi_newton import QuasiNewton
 from jbilevel.solvers import solve
+from jbilevel.stochastic import Stochastic, tells_noise
 from jbilevel.training import FitResult, fit
 
 __all__ = ["FROZEN", "Pipeline", "TaskAdapted", "rates", "reconstruct", "task_adapted"]
@@ -318,10 +320,11 @@ def default_rates() -> optax.GradientTransformation:
     return rates(regularizer=optax.adam(1e-1), task=optax.adam(1e-3))
 
 
-def _default_method(changing: bool, alternating: bool) -> Callable:
+def _default_method(oracle: Oracle, batch: Mapping, changing: bool, alternating: bool) -> Callable:
     """``oracle -> method``: one that compares values only where they can be compared."""
     if changing:
-        return partial(FirstOrder, optimizer=default_rates)
+        accuracy = "sampling" if oracle.exact or tells_noise(oracle, batch) else "decay"
+        return partial(Stochastic, optimizer=default_rates, accuracy=accuracy)
     return MAID if alternating else QuasiNewton
 
 
@@ -363,7 +366,8 @@ def task_adapted(
         ``UNet.last(2)``. None: T stays as it is.
       method: ``(oracle) -> method``: `QuasiNewton`, `MAID`, ``partial(FirstOrder, optimizer=optax.adam(0.1))``. With
         optax, fine-tuning wants learning rates of its own for T: `task.rates`, or ``alternate``. None: `QuasiNewton` on
-        a full batch (`MAID` with ``alternate``); where batches change, Adam with the rates 0.1 of theta and 1e-3 of T.
+        a full batch (`MAID` with ``alternate``); where batches change, `Stochastic` with Adam at the rates 0.1 of theta
+        and 1e-3 of T.
       projection: of theta onto a feasible set, e.g. ``R.project`` or a box, `prox.box`.
       alternate: an optax optimiser of T. Each step then takes ``task_steps`` of its steps on the reconstructions as
         they are, without any further lower-level solve, and one step of ``method`` in theta alone. None: ``method``
@@ -399,7 +403,8 @@ def task_adapted(
     pipeline.inspect(params, first)
     joint = pipeline.oracle(first, **(oracle or {}))
     feasible = {} if projection is None else {"projection": _OnRegularizer(projection)}
-    chosen = (method or _default_method(is_changing(batches), alternate is not None))(joint, **feasible)
+    make = method or _default_method(joint, first, is_changing(batches), alternate is not None)
+    chosen = make(joint, **feasible)
     if alternate is not None:
         parts = {"x": 0, "labels": 0, FROZEN: None}
         network = FirstOrder(explicit.Oracle(_OnPictures(pipeline), in_axes=parts), alternate)

@@ -208,7 +208,7 @@ def fit(
     status, message = ended
     if status is FitStatus.INTERRUPTED:
         message = f"Interrupted{interruption.cause}; the state is the one after {run.steps} finished steps."
-    told = [message, stopping.rise(history, one_objective), history.failures()]
+    told = [message, stopping.still(history), stopping.rise(history, one_objective), history.failures()]
     told += [sentence for sentence in unwritten if sentence not in message]
     return FitResult(
         params=run.state.params,

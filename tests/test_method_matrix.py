@@ -187,6 +187,21 @@ def test_within_jit(name):
 
 
 @EACH
+def test_a_projection_that_is_none_is_refused_before_the_first_step(name):
+    shrink = partial(jax.tree.map, lambda leaf: 0.9 * leaf)
+    with pytest.raises(ValueError, match="`projection` of .* is none: applied twice it moves params once more"):
+        jb.fit(METHODS[name](EXACT, projection=shrink), PARAMS, BATCH, steps=1)
+
+
+@EACH
+def test_a_start_that_nothing_depends_on_is_said(name):
+    blind = jb.explicit.Oracle(lambda params, d: jnp.sum(d["y"] ** 2) + 0.0 * jnp.sum(params["regularizer"]))
+    words = "the hypergradient was exactly zero from the start"
+    assert words in jb.fit(METHODS[name](blind), PARAMS, BATCH, steps=3).message
+    assert words not in jb.fit(METHODS[name](EXACT), PARAMS, BATCH, steps=3).message
+
+
+@EACH
 def test_every_iterate_is_feasible(name):
     seen = []
     method = METHODS[name](EXACT, projection=box)

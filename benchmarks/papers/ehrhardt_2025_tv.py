@@ -238,10 +238,12 @@ def photograph_pairs(args, folder: str | None = None) -> dict[str, np.ndarray]:
 
 
 def psnr(regularizer, params, batch, tol: float = 1e-2) -> float:
-    """PSNR of the mean squared error of the denoised images."""
+    """PSNR of the mean squared error of the denoised images, in float64 whatever they were learned in."""
     problem = jb.variational(None, regularizer)
-    found = jb.implicit.Oracle(problem, jb.losses.squared_error(), estimate=False).value(params, batch, tol=tol)
-    jb.check(found)
+    with common.precision("float64"):
+        params, batch = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), "float64"), (params, batch))
+        found = jb.implicit.Oracle(problem, jb.losses.squared_error(), estimate=False).value(params, batch, tol=tol)
+        jb.check(found)
     return float(-10 * np.log10(2 * float(found.value) / np.prod(batch["x"].shape[1:])))
 
 

@@ -55,7 +55,9 @@ class Checkpoint:
             self.require_writable()
         start = self.method, params, self.source.first
         stepping.compile_apart(stepping.init, *start, check=check)
-        return Run.at(stepping.init(*start)), History()
+        begun = stepping.init(*start)
+        stepping.require_projection(self.method, params, begun, self.source.first)
+        return Run.at(begun), History()
 
     def require_writable(self) -> None:
         """OSError before the first step, instead of after it."""

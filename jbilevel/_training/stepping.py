@@ -15,6 +15,7 @@ from jbilevel._core.results import Status, StepInfo
 from jbilevel._method.base import Method, MethodState
 
 REPORTED = ("value", "grad_norm", "error", "step", "tol", "adjoint_tol")  # fields of StepInfo that may be None
+IDEMPOTENT = 1e-2  # share of params by which projecting again may move them, after an iteration that was cut short
 PARTS = ("value", "gradient", "parameters")  # of a step that have to be finite
 
 
@@ -68,6 +69,28 @@ def init(method: Method, params, batch) -> MethodState:
         kinds = type(method).__name__, type(state).__name__
         raise TypeError("`init` of {} must return a jb.MethodState, got {}; derive your state from it.".format(*kinds))
     return strong(state)
+
+
+def require_projection(method: Method, params, begun: MethodState, batch) -> None:
+    """ValueError where ``init`` moved params, and moves again what it made of them: feasible ones have to stay."""
+    if not _moved(begun.params, params):
+        return
+    again = _start(method, begun.params, batch)
+    apart, size = _moved(again, begun.params), float(trees.norm(begun.params))
+    if not apart <= IDEMPOTENT * size:
+        raise ValueError(
+            f"`projection` of {type(method).__name__} is none: applied twice it moves params once more, by {apart:.3g} "
+            f"at norm {size:.3g}; it has to leave feasible params as they are, as jb.prox.box does."
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(method: Method, params, batch):
+    return method.init(params, batch).params
+
+
+def _moved(after, before) -> float:
+    return float(trees.norm(trees.sub(after, before)))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -62,6 +62,18 @@ def failure(step: int, taken: Taken) -> str:
     return f"Step {step} gave {what}; the state is the one before it.{cause}"
 
 
+def still(history: History) -> str:
+    """A sentence where every hypergradient was exactly zero."""
+    norms = [row[COLUMNS.index("grad_norm")] for row in history.rows]
+    if not norms or any(norm != 0 for norm in norms):
+        return ""
+    return (
+        "But the hypergradient was exactly zero from the start: unless that is optimal, nothing that the loss sees "
+        "depends on params there (a unit that is off, a weight that is zero, an energy that leaves them out); start "
+        "elsewhere."
+    )
+
+
 def rise(history: History, one_objective: bool) -> str:
     """A sentence where the last value is above the first."""
     values = [row[COLUMNS.index("value")] for row in history.rows]

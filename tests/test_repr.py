@@ -144,7 +144,7 @@ SAID = [
     (jb.HOAG(EXACT), "HOAG(explicit.Oracle(network))"),
     (jb.QuasiNewton(EXACT), "QuasiNewton(explicit.Oracle(network))"),
     (jb.Stochastic(EXACT), "Stochastic(explicit.Oracle(network))"),
-    (jb.Stochastic(EXACT, ADAM), f"Stochastic(explicit.Oracle(network), {ADAM_SAID})"),
+    (jb.Stochastic(EXACT, ADAM), f"Stochastic(explicit.Oracle(network), optimizer={ADAM_SAID})"),
     (jb.NBA(EXACT), "NBA(explicit.Oracle(network))"),
     (jb.FirstOrder(EXACT, ADAM, tol=1e-3), f"FirstOrder(explicit.Oracle(network), {ADAM_SAID}, tol=0.001)"),
     (

@@ -11,7 +11,7 @@ from problems_for_tests import compilations
 
 import jbilevel as jb
 from jbilevel._method.point import Point
-from jbilevel._method.subsets import Subset
+from jbilevel._method.subsets import MEMORY, Subset
 
 RNG = np.random.default_rng(3)
 # x_hat = y + params, so that the value is a mean of |params - (x - y)|^2/2
@@ -26,8 +26,9 @@ START = jnp.array([4.0, -3.0])
 
 
 def samples(count, noise=1.0):
-    target = np.array([1.0, -2.0]) + noise * RNG.standard_normal((count, 2))
-    y = RNG.standard_normal((count, 2))
+    rng = np.random.default_rng(count)
+    target = np.array([1.0, -2.0]) + noise * rng.standard_normal((count, 2))
+    y = rng.standard_normal((count, 2))
     return {"y": jnp.asarray(y), "x": jnp.asarray(y + target)}
 
 
@@ -92,7 +93,7 @@ def test_the_noise_is_that_of_the_mean_over_the_batch():
         subset = Subset.first(jax.random.key(seed), jnp.ones(48), 1)
         hg = EXACT(START, batch, sample_weight=subset.weigh(jnp.ones(48)))
         errors.append(float(jnp.sum((hg.grad - EXACT(START, batch).grad) ** 2)))
-        told.append(float(subset.saw(hg.spread, 1.0).noise / 0.3) ** 2)
+        told.append(float(subset.saw(hg.spread, 1.0).noise / (1 - MEMORY)) ** 2)
     assert np.mean(told) == pytest.approx(np.mean(errors), rel=0.3)
     whole = Subset.first(jax.random.key(0), jnp.ones(12), 1)
     assert float(whole.saw(jnp.ones(()), 1.0).noise) == 0
@@ -150,7 +151,7 @@ def test_noise_makes_the_subset_grow_and_samples_alike_do_not():
         state = following
     for state, _ in steps(jb.Stochastic(INEXACT), alike, 6):  # then it is at the end
         assert int(state.subset.size) == 16
-    assert float(state.subset.noise) < 0.01
+    assert float(state.subset.noise) < 0.1
 
 
 def test_a_flat_end_on_a_subset_is_no_end():
@@ -170,7 +171,7 @@ def test_a_flat_end_on_a_subset_is_no_end():
 
 def test_work_is_that_of_the_samples_in_the_subset():
     batch = samples(64)
-    seen = steps(jb.Stochastic(INEXACT), batch, 9)
+    seen = steps(jb.Stochastic(INEXACT), batch, 12)
     for (before, _), (_, info) in itertools.pairwise(seen):
         joined = np.flatnonzero(before.subset.weigh(jnp.ones(64)))
         assert joined.size == int(before.subset.size)

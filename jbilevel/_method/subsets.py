@@ -10,7 +10,7 @@ import jax.numpy as jnp
 FIRST = 16  # samples, if there are as many
 GROW = 2
 NOISY = 2.0  # standard error of the mean gradient, over its norm, above which more samples join
-MEMORY = 0.7  # of the running mean of that
+MEMORY = 0.5  # of the running mean of that
 
 
 class Subset(NamedTuple):

@@ -373,11 +373,14 @@ class MAID(Method):
             s = s._replace(trial_warm=trees.where(accepted, found.warm, s.trial_warm))
             s = self._shorten(s, ~accepted, self.step_down)
             exhausted = ~accepted & (s.failures >= self.first_quota + s.rounds)
-            again = exhausted & ~_unseen(s)  # one more trial each time, so that any length is reached at last
-            s = s._replace(failures=jnp.where(again, 0, s.failures), shrink=jnp.where(again, 1.0, s.shrink))
             floor = self._floor(s.hg.lower) & self._floor(s.hg.adjoint)
-            s = s._replace(ended=s.ended | exhausted & floor & _unseen(s))
-            return s.tighten(exhausted & ~floor, self.accuracy_down, self.accuracy_down)
+            refine = exhausted & ~floor  # one more trial after each time; else the length goes on to shrink
+            s = s._replace(
+                failures=jnp.where(refine, 0, s.failures),
+                shrink=jnp.where(refine, 1.0, s.shrink),
+                ended=s.ended | exhausted & floor & _unseen(s),
+            )
+            return s.tighten(refine, self.accuracy_down, self.accuracy_down)
 
         # errors that hide whether the trial is good enough are made smaller, where they arise; else it is too long
         change = value - base

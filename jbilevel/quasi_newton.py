@@ -31,6 +31,7 @@ ARMIJO = 1e-3
 RECENT = 4  # values, the largest of which a trial has to get below
 NOISY = 2.0  # changes of the value in the last probe that a trial may hide in, until it is looked at closer
 NOISE = 0.3  # of the decrease that a slope promises, which a look closer leaves
+SMOOTH = 0.03  # mismatch of values and slopes up to which a step met no kink, so that its curvature is believed
 TRAPEZOID = 0.5  # mismatch of values and slopes that calls for a probe
 APART = 2  # accepted steps between such probes
 STALE = 1.0  # mean steps of a solve below which its solution is still that of the point before
@@ -248,25 +249,25 @@ class QuasiNewton(Method):
         free = (memory.count == 0) | (slope @ d >= 0)
         d = jnp.where(slope @ d < 0, d, -slope)
 
-        def along(d, free):
+        def along(d, free, radius=state.radius):
             """(where it leads, how far, whether the radius bounds it)."""
             size = jnp.linalg.norm(d)
-            share = state.radius / jnp.where(size > 0, size, 1.0)
+            share = radius / jnp.where(size > 0, size, 1.0)
             share = jnp.where(free, share, jnp.minimum(1.0, share))
             target = self._project(state, state.point.at + share * d)
-            return target, share * size, free | (state.radius < size)
+            return target, share * size, free | (radius < size)
 
-        resolved = steps.rounding(state.point.raw)
-        promises = lambda way: -(slope @ (way[0] - state.point.at)) > resolved  # noqa: E731
+        promises = lambda way: -(slope @ (way[0] - state.point.at)) > steps.rounding(state.point.raw)  # noqa: E731
         way, steepest = along(d, free), along(-slope, True)
         model = promises(way)
         # a model that promises nothing may be wrong, unless the gradient itself has become small
         small = state.point.size <= SMALL * state.largest
         target, length, limited = trees.where(model, way, steepest)
-        flat = ~model & (small | ~promises(steepest))
-        return replace(
-            state, memory=memory, target=target, length=length, limited=limited, flat=flat, done=state.done | flat
-        )
+        ends = ~model & (small | ~promises(steepest))
+        # a radius that failures made small shows nothing
+        flat = ends & (small | ~promises(along(-slope, True, jnp.maximum(state.radius, state.jam.longest))))
+        state = replace(state, memory=memory, target=target, length=length, limited=limited)
+        return replace(state, flat=flat, done=state.done | ends)
 
     def _averaged(self, state):
         trip, d = state.excursion.next(state.point.slope)
@@ -340,13 +341,13 @@ class QuasiNewton(Method):
             self._trying(state),
             point=seen,
             kept=state.warm,
-            memory=lbfgs.learn(state.memory, s, y),
+            memory=lbfgs.learn(state.memory, s, y, mismatch < SMOOTH),
             trail=trail,
             radius=jnp.where(ratio < TURNED, shrunk, grown),
             recent=jnp.roll(state.recent, 1).at[0].set(seen.value),
             taken=taken,
             failures=jnp.zeros_like(state.failures),
-            contradictions=jnp.zeros_like(state.contradictions),
+            contradictions=jnp.where(mismatch < TRAPEZOID, 0, state.contradictions),
         )
         if self.oracle.exact:
             return state
@@ -361,10 +362,10 @@ class QuasiNewton(Method):
         ratio, mismatch = agreement(state.point, seen)
         failures = state.failures + 1
         wrong = finite & (ratio > STEEP) & (mismatch > 1)
-        contradictions = jnp.where(wrong, state.contradictions + 1, 0)
+        contradictions = state.contradictions + wrong
         rise = seen.value - state.point.value - slope
         share = jnp.where(rise > 0, jnp.clip(-slope / (2 * jnp.where(rise > 0, rise, 1.0)), 0.1, 0.5), 0.5)
-        learned = lbfgs.learn(state.memory, step, seen.slope - state.point.slope)
+        learned = lbfgs.learn(state.memory, step, seen.slope - state.point.slope, mismatch < SMOOTH)
         state = replace(
             self._trying(state),
             memory=trees.where(finite, learned, state.memory),
@@ -449,7 +450,6 @@ class QuasiNewton(Method):
             trail=lbfgs.Trail.at(best.at, best.slope),
             accuracy=accuracy._replace(gap=gap, next=(state.taken + gap).astype(jnp.int32)),
             failures=none,
-            contradictions=none,
         )
 
     def _away(self, state, seen: Point):

@@ -33,7 +33,7 @@ def test_the_direction_is_that_of_dense_bfgs():
     diagonal = 1 / (np.abs(gradient) + 1e-3 * np.sqrt(np.mean(gradient**2)))
     taken = [(s, hessian @ s) for s in RNG.standard_normal((pairs, n))]
     for s, y in taken:
-        memory = lbfgs.learn(memory, jnp.asarray(s), jnp.asarray(y))
+        memory = lbfgs.learn(memory, jnp.asarray(s), jnp.asarray(y), smooth=False)
     kept = [(np.asarray(memory.s[i]), np.asarray(memory.y[i])) for i in reversed(range(pairs))]
     s, y = kept[-1]
     inverse = (s @ y) / (y @ (diagonal * y)) * np.diag(diagonal)
@@ -44,21 +44,31 @@ def test_the_direction_is_that_of_dense_bfgs():
     np.testing.assert_allclose(lbfgs.direction(memory, gradient), -inverse @ gradient, rtol=1e-10)
 
 
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("curvature", [-1.0, 0.0, 0.01])
-def test_a_pair_without_curvature_is_damped_so_that_the_model_stays_convex(curvature):
+def test_a_pair_without_curvature_is_damped_so_that_the_model_stays_convex(curvature, smooth):
     n = 3
     memory = lbfgs.saw(lbfgs.empty(jnp.zeros(n), 3), jnp.ones(n))
-    memory = lbfgs.learn(memory, jnp.array([1.0, 0.0, 0.0]), jnp.array([2.0, 0.0, 0.0]))
-    memory = lbfgs.learn(memory, jnp.array([0.0, 1.0, 0.0]), jnp.array([0.0, curvature, 0.0]))
+    memory = lbfgs.learn(memory, jnp.array([1.0, 0.0, 0.0]), jnp.array([2.0, 0.0, 0.0]), smooth)
+    memory = lbfgs.learn(memory, jnp.array([0.0, 1.0, 0.0]), jnp.array([0.0, curvature, 0.0]), smooth)
     assert int(memory.count) == 2
     assert np.all(np.sum(memory.s * memory.y, axis=1)[:2] > 0)
     assert lbfgs.direction(memory, jnp.ones(n)) @ jnp.ones(n) < 0
 
 
+def test_on_smooth_ground_a_flat_valley_is_believed():
+    memory = lbfgs.saw(lbfgs.empty(jnp.zeros(2), 3), jnp.ones(2))
+    steep = lbfgs.learn(memory, jnp.array([1.0, 0.0]), jnp.array([20.0, 0.0]), smooth=True)
+    flat = jnp.array([0.0, 1.0])
+    known, damped = (lbfgs.learn(steep, flat, flat, smooth) for smooth in (True, False))
+    np.testing.assert_allclose(lbfgs.direction(known, flat), -flat, atol=1e-12)
+    assert -0.3 < float(lbfgs.direction(damped, flat)[1]) < 0
+
+
 def test_the_first_pair_has_to_be_convex_and_finite():
     memory = lbfgs.saw(lbfgs.empty(jnp.zeros(2), 3), jnp.ones(2))
     for y in (-jnp.ones(2), jnp.full(2, jnp.nan)):
-        assert int(lbfgs.learn(memory, jnp.ones(2), y).count) == 0
+        assert int(lbfgs.learn(memory, jnp.ones(2), y, smooth=True).count) == 0
 
 
 def test_secants_span_half_of_the_longest_recent_step():
@@ -160,6 +170,12 @@ def test_an_ill_conditioned_quadratic_is_solved_or_stalls(condition):
         assert np.linalg.norm(hessian @ result.params) < 1e-4 * np.linalg.norm(hessian @ start)
 
 
+def test_a_narrow_valley_of_condition_1e8_is_followed_to_its_end():
+    oracle = jb.explicit.Oracle(lambda p, d: 0.5 * (1e8 * (p[0] - 1.0) ** 2 + (p[1] - 1.0) ** 2))
+    result = jb.fit(jb.QuasiNewton(oracle), jnp.array([1.0001, 50.0]), jnp.zeros((1, 1)), steps=120)
+    np.testing.assert_allclose(result.params, 1.0, atol=1e-3)
+
+
 def wrong_sign(loss):
     @jax.custom_vjp
     def f(p):
@@ -174,6 +190,15 @@ def test_a_gradient_of_the_wrong_sign_stalls_within_a_few_evaluations():
     result = jb.fit(jb.QuasiNewton(oracle), jnp.array([3.0, 2.0]), jnp.zeros((1, 1)), steps=200)
     assert result.status == jb.FitStatus.STALLED and result.steps <= 15, result.message
     np.testing.assert_array_equal(result.params, [3.0, 2.0])
+
+
+def test_a_gradient_of_the_wrong_sign_through_a_solve_stalls_too():
+    loss = lambda x: jnp.sum((x - 1.0) ** 2)  # noqa: E731
+    problem = jb.SmoothProblem(lambda p, x, d: 0.5 * jnp.sum((x - p) ** 2), lambda p, d: d, strong_convexity=1.0)
+    wrong = wrong_sign(loss).loss
+    oracle = problem.oracle(lambda p, x, d: wrong(x, d), solver=jb.solvers.AGD())
+    result = jb.fit(jb.QuasiNewton(oracle), jnp.array([3.0, 2.0]), jnp.zeros((1, 2)), steps=200)
+    assert result.status == jb.FitStatus.STALLED and result.steps <= 30, result.message
 
 
 def test_a_start_where_nothing_depends_on_params_ends_at_once():

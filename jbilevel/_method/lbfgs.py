@@ -12,6 +12,7 @@ from jbilevel._core import trees
 DECAY = 0.9  # of the mean of squared gradients
 LEAST = 1e-3  # size of a gradient entry, against the root mean square of all, below which none is told from another
 DAMPED = 0.2  # least curvature of a pair, against what the model expects (Powell 1978)
+SMOOTH = 0.02  # of a pair that met no kink
 POINTS = 20  # that secants start from
 FORGET = 0.9  # of the length of secants, at each step
 FAR = 0.5  # share of it that a secant has
@@ -40,14 +41,19 @@ def saw(memory: Memory, gradient) -> Memory:
     return memory._replace(squares=squares, seen=memory.seen + 1)
 
 
-def learn(memory: Memory, s, y) -> Memory:
-    """With the pair (s, y), damped towards the model where its curvature is too small; the first has to be convex."""
+def learn(memory: Memory, s, y, smooth) -> Memory:
+    """With the pair (s, y), damped towards the model where its curvature is too small; the first has to be convex.
+
+    smooth: whether values and slopes at its ends agree. At a kink they do not, and a small curvature may be none; on
+    smooth ground a flat valley is as it is, and damping would have to be undone pair by pair.
+    """
     diagonal = _diagonal(memory)
     curvature, first = s @ y, memory.count == 0
     model = s / (diagonal * _scale(memory, diagonal))
     expected = s @ model
-    short = ~first & (curvature < DAMPED * expected)
-    theta = jnp.where(short, (1 - DAMPED) * expected / jnp.where(short, expected - curvature, 1.0), 1.0)
+    least = jnp.where(smooth, SMOOTH, DAMPED)
+    short = ~first & (curvature < least * expected)
+    theta = jnp.where(short, (1 - least) * expected / jnp.where(short, expected - curvature, 1.0), 1.0)
     y = theta * y + (1 - theta) * jnp.where(short, model, 0.0)
     curvature = s @ y
     fine = (curvature > 0) & jnp.isfinite(curvature) & jnp.all(jnp.isfinite(y))

@@ -187,9 +187,9 @@ class Stochastic(WithOptimizer, Method):
 
     Without an ``optimizer`` nothing has to be tuned. It is the rule of `jb.QuasiNewton` on nested subsets of ONE full
     batch. Samples (whole chunks of the oracle) join in a random order, first 16 of them. Once the standard error of the
-    hypergradient (its `spread` times sqrt(1 - n/N), for n of N samples) is more than twice its norm, in a running mean
-    over accepted steps, n doubles: model, radius and accuracies stay, values begin anew. Until n = N all values and
-    gradients that are told are those of the subset, and the method never ends; then it is `jb.QuasiNewton`. Samples
+    hypergradient (its `spread` times sqrt(1 - n/N), for n of N samples) is more than three times its norm, in a running
+    mean over accepted steps, n doubles: model, radius and accuracies stay, values begin anew. Until n = N all values
+    and gradients that are told are those of the subset, and the method never ends; then it is `jb.QuasiNewton`. Samples
     that have not joined cost nothing. A ``"sample_weight"`` of the batch multiplies; samples of weight 0 never join.
 
     With an ``optimizer``, params+ = P(params + optax update(hypergradient of a batch)).

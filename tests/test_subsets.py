@@ -12,6 +12,7 @@ from problems_for_tests import compilations
 import jbilevel as jb
 from jbilevel._method.point import Point
 from jbilevel._method.subsets import MEMORY, Subset
+from jbilevel.quasi_newton import FIRST
 
 RNG = np.random.default_rng(3)
 # x_hat = y + params, so that the value is a mean of |params - (x - y)|^2/2
@@ -68,7 +69,19 @@ def test_subsets_are_nested_and_begin_with_sixteen_or_two_chunks(count, chunk):
             assert len(set(inside[begin : begin + chunk])) == 1
     np.testing.assert_array_equal(inside, ones)
     other = Subset.first(jax.random.key(1), ones, chunk)
-    assert subset.count == chunk or count <= chunk or not np.array_equal(subset.place, other.place)
+    assert subset.count <= 2 * chunk or not np.array_equal(subset.place, other.place)  # two chunks have two orders
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_samples_join_in_the_same_order_in_every_precision(chunk):
+    places = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            weight = jnp.ones(100)
+            assert weight.dtype == (jnp.float64 if x64 else jnp.float32)
+            places.append(np.asarray(Subset.first(jax.random.key(5), weight, chunk).place))
+    np.testing.assert_array_equal(*places)
+    assert np.unique(places[0]).size == -(-100 // chunk) and np.any(np.diff(places[0]) < 0)
 
 
 def test_samples_without_weight_never_join():
@@ -170,15 +183,17 @@ def test_a_flat_end_on_a_subset_is_no_end():
 
 
 def test_work_is_that_of_the_samples_in_the_subset():
-    batch = samples(64)
-    seen = steps(jb.Stochastic(INEXACT), batch, 12)
+    batch = samples(64, noise=3.0)
+    seen = steps(jb.Stochastic(INEXACT), batch, 20)
     for (before, _), (_, info) in itertools.pairwise(seen):
         joined = np.flatnonzero(before.subset.weigh(jnp.ones(64)))
         assert joined.size == int(before.subset.size)
         few, warm = jax.tree.map(lambda leaf, joined=joined: leaf[joined], (batch, before.warm))
         alone = INEXACT(before.target, few, warm, tol=before.tol, adjoint_tol=before.adjoint_tol)
         assert int(info.work) == int(alone.work) > 0
-    assert int(before.subset.size) > 16 and float(info.value) == pytest.approx(float(alone.value))
+        if int(before.phase) == FIRST:  # a trial may be rejected, and its value is not told then
+            assert float(info.value) == pytest.approx(float(alone.value))
+    assert int(before.subset.size) == 64
 
 
 def test_samples_that_have_not_joined_are_cold():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 FIRST = 16  # samples, if there are as many
 GROW = 2
-NOISY = 2.0  # standard error of the mean gradient, over its norm, above which more samples join
-MEMORY = 0.5  # of the running mean of that
+NOISY = 3.0  # standard error of the mean gradient, over its norm, above which more samples join
+MEMORY = 0.9  # of the running mean of that
 
 
 class Subset(NamedTuple):
@@ -26,7 +26,8 @@ class Subset(NamedTuple):
         """weight: (n,) of the samples. chunk: how many of them, side by side in the batch, are solved together."""
         of_chunk = jnp.arange(weight.shape[0]) // chunk
         weighs = jnp.zeros((-(-weight.shape[0] // chunk),), jnp.int32).at[of_chunk].add(weight != 0) > 0
-        drawn = jax.random.uniform(key, weighs.shape) + ~weighs  # those without weight come last
+        # integers, which are the same in every precision; those without weight come last
+        drawn = jax.random.permutation(key, weighs.size) + weighs.size * ~weighs
         place = chunk * jnp.argsort(jnp.argsort(drawn))[of_chunk].astype(jnp.int32)
         count = chunk * jnp.sum(weighs, dtype=jnp.int32)
         # a single chunk has no spread

@@ -36,7 +36,7 @@ TRAPEZOID = 0.5  # mismatch of values and slopes that calls for a probe
 APART = 2  # accepted steps between such probes
 STALE = 1.0  # mean steps of a solve below which its solution is still that of the point before
 SUSPECT, FAILURES = 3, 30  # rejected trials in a row: after so many, and every 6, accuracies are probed; the end
-WRONG = 5  # trials in a row whose values contradict the slopes at both ends
+WRONG = 5  # trials whose values contradict the slopes at both ends, without a step between whose values agree
 SMALL = 1e-6  # gradient, against the largest one, that ends the descent once its steps promise less than rounding
 REDUCED = 1e-2  # of the radius: the length by which a reduced gradient is measured
 
@@ -62,7 +62,7 @@ class QuasiNewtonState(MethodState):
     excursion: Excursion
     taken: Any  # accepted steps
     failures: Any  # rejected trials since the last one
-    contradictions: Any  # of them, in a row, whose values contradict their slopes
+    contradictions: Any  # such trials whose values contradict their slopes, since a step whose values agreed
     starts: Any  # refinements before the first step
     spent: Any  # work
     largest: Any  # reduced gradient so far
@@ -79,8 +79,8 @@ class QuasiNewton(Method):
     - Accuracy: before the first step eps, and then delta, are refined tenfold until the hypergradient stays. Later, now
       and then, one of them is refined threefold from what was attained: above a move of 50 % it is tightened, below
       20 % loosened. It never follows from the decrease that a step is expected to bring.
-    - Direction: L-BFGS with H0 = gamma/RMS of past gradients, Powell's damping, and pairs over long secants. Its length
-      is bounded by a radius that follows the ratio of the slopes at both ends of a step.
+    - Direction: L-BFGS with H0 = gamma/RMS of past gradients, pairs over long secants, and Powell's damping, stronger
+      where values and slopes disagree. A radius bounds it that follows the ratio of the slopes at both ends of a step.
     - Values, without their first-order error, only veto: a trial has to get below the largest of the last four. One
       that passes within the noise only, or whose solve found nothing to do, is looked at closer. Where values and
       slopes disagree (trapezoidal rule), accuracies are probed.

@@ -126,7 +126,7 @@ def ending(name: str, case: Case) -> dict[str, Any]:
     result = jb.fit(method, case.start, case.batch, steps=STEPS, progress=False)
     first, last = (float(case.value(p)) - case.least for p in (case.start, result.best))
     slopes = result.history["grad_norm"]
-    arrived = not last > ARRIVED * first or (slopes.size > 0 and not np.any(slopes))
+    arrived = last <= ARRIVED * first or (slopes.size > 0 and not np.any(slopes))
     return {
         "status": result.status.name,
         "steps": result.steps,
@@ -184,7 +184,8 @@ def render(rows: Sequence[dict]) -> str:
     def told(figures: dict | None) -> str:
         if figures is None:
             return "–"
-        said = f"{figures['status']}, gap {figures['gap']:.1g}, work {figures['work']:,.0f}"
+        gap = "unknown" if figures["gap"] is None else f"{figures['gap']:.1g}"
+        said = f"{figures['status']}, gap {gap}, work {figures['work']:,.0f}"
         return f"**{said}**" if figures["false"] else said
 
     body = [[what, *(told(cells.get((what, name))) for name in methods)] for what in dict.fromkeys(w for w, _ in cells)]

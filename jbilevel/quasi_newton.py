@@ -458,8 +458,10 @@ class QuasiNewton(Method):
         length = seen.size * jnp.linalg.norm(step)
         cosine = -(seen.slope @ step) / jnp.where(length > 0, length, 1.0)
         finite, taken = seen.finite, state.taken + 1
+        better = seen.value < state.best.value - state.accuracy.noise
         state = replace(
             self._trying(state),
+            excursion=state.excursion.saw(jnp.where(finite, seen.value, state.highest), better),
             point=trees.where(finite, seen, state.point),
             kept=trees.where(finite, state.warm, state.kept),
             radius=excursion.grown(state.radius, cosine, finite),
@@ -475,9 +477,8 @@ class QuasiNewton(Method):
         trip, point, started = state.excursion, state.point, state.phase > START
         better = point.value < state.best.value - jnp.where(trip.on, state.accuracy.noise, 0.0)
         best = trees.where(started & (~trip.on | better), point, state.best)
-        idle = jnp.where(better | ~trip.on, 0, trip.idle + 1).astype(jnp.int32)
         params = ravel_pytree(state.params)[1](jnp.where(started, best.at, ravel_pytree(state.params)[0]))
-        return replace(state, best=best, params=params, excursion=trip._replace(idle=idle))
+        return replace(state, best=best, params=params)
 
     def _told(self, before, after, seen: Point) -> StepInfo:
         at = trees.where(before.phase <= START, seen, before.best)

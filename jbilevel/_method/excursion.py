@@ -16,7 +16,9 @@ OFTEN = 0.15  # such a share
 SHORT = 0.25  # radius against the longest step, in units of how far the gradient fell, that is a jam
 MOMENTUM, SQUARES = 0.9, 0.999
 COSINE = 0.1  # change of the logarithm of the radius by a cosine of 1; by -1 twice as much
-IDLE = 15  # steps without a better point that end an excursion
+IDLE = 15  # steps without a better point, or lower values in the mean, that end an excursion
+AVERAGE = 0.8  # memory of that mean
+BEGIN = 5  # steps until its lowest counts: long steps out of a kink first lead up
 LOST = 0.5  # rise of the value above the best, against all descent, that ends it
 RETREAT = 0.3  # of the radius then
 
@@ -48,7 +50,9 @@ class Excursion(NamedTuple):
     momentum: Any
     squares: Any
     beats: Any  # steps
-    idle: Any  # steps since the last better point
+    mean: Any  # of the values
+    lowest: Any  # such mean
+    idle: Any  # steps since the last better point, or lowest mean
 
     @classmethod
     def none(cls, like) -> Excursion:
@@ -56,12 +60,22 @@ class Excursion(NamedTuple):
         nothing = jnp.zeros_like(like)
         return cls(
             on=jnp.asarray(False), radius=zero, eps=zero, delta=zero, momentum=nothing, squares=nothing, beats=none,
-            idle=none,
+            mean=zero, lowest=zero, idle=none,
         )  # fmt: skip
 
     def begun(self) -> Excursion:
         nothing, none = jnp.zeros_like(self.momentum), jnp.zeros_like(self.beats)
         return self._replace(on=jnp.asarray(True), momentum=nothing, squares=nothing, beats=none, idle=none)
+
+    def saw(self, value, better) -> Excursion:
+        """After a step to this value. better: than any before the excursion."""
+        mean = jnp.where(self.beats <= 1, value, AVERAGE * self.mean + (1 - AVERAGE) * value)
+        lower = better | (mean < self.lowest) | (self.beats <= BEGIN)
+        return self._replace(
+            mean=mean,
+            lowest=jnp.where(lower, mean, self.lowest),
+            idle=jnp.where(lower, 0, self.idle + 1).astype(jnp.int32),
+        )
 
     def next(self, gradient) -> tuple[Excursion, Any]:
         """(with one more gradient, a direction of length 1)."""

@@ -138,7 +138,7 @@ class MAID(Method):
     >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
     >>> oracle = problem.oracle(lambda p, x, d: 0.5 * (x - 3.0) ** 2, solver=jb.solvers.AGD())
     >>> result = jb.fit(MAID(oracle), jnp.array(1.0), jnp.array([2.0]), steps=8)  # x_hat = 2 p
-    >>> round(float(result.params), 2), result.history["value"][-1] < result.history["value"][0]
+    >>> round(float(result.params), 2), bool(result.history["value"][-1] < result.history["value"][0])
     (1.5, True)
     """
 

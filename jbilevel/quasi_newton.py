@@ -35,6 +35,7 @@ SMOOTH = 0.03  # mismatch of values and slopes up to which a step met no kink, s
 TRAPEZOID = 0.5  # mismatch of values and slopes that calls for a probe
 APART = 2  # accepted steps between such probes
 STALE = 1.0  # mean steps of a solve below which its solution is still that of the point before
+ONE_STEP = 1.05  # by which accuracies are refined then: the next solve takes a step, and no more than it has to
 SUSPECT, FAILURES = 3, 30  # rejected trials in a row: after so many, and every 6, accuracies are probed; the end
 WRONG = 5  # trials whose values contradict the slopes at both ends, without a step between whose values agree
 SMALL = 1e-6  # gradient, against the largest one, that ends the descent once its steps promise less than rounding
@@ -76,7 +77,7 @@ class QuasiNewton(Method):
 
     Each step asks for ONE hypergradient: of a trial, of a trial again (closer), or of the current params (a probe).
 
-    - Accuracy: before the first step eps, and then delta, are refined tenfold until the hypergradient stays. Later, now
+    - Accuracy: before the first step eps and delta are refined tenfold until the hypergradient stays. Later, now
       and then, one of them is refined threefold from what was attained: above a move of 50 % it is tightened, below
       20 % loosened. It never follows from the decrease that a step is expected to bring.
     - Direction: L-BFGS with H0 = gamma/RMS of past gradients, pairs over long secants, and Powell's damping, stronger
@@ -178,32 +179,27 @@ class QuasiNewton(Method):
     def _first(self, state, seen: Point):
         state = replace(state, point=seen, kept=state.warm)
         begun = self._begun(state)  # again, where accuracies are known already
-        return begun if self.oracle.exact else trees.where(state.starts > 0, begun, self._starting(state, EPS))
+        return begun if self.oracle.exact else trees.where(state.starts > 0, begun, self._starting(state))
 
-    def _starting(self, state, kind):
-        """The next hypergradient refines one accuracy tenfold, or both where nothing is seen yet."""
-        kind, accuracy = jnp.where(state.point.size == 0, BOTH, kind), state.accuracy
-        eps = jnp.where(kind == DELTA, 1.0, 1 / probing.START_FACTOR) * accuracy.eps
-        delta = jnp.where(kind == EPS, 1.0, 1 / probing.START_FACTOR) * accuracy.delta
-        return self._here(state, START, accuracy._replace(kind=kind.astype(jnp.int32)), eps, delta)
+    def _starting(self, state):
+        """The next hypergradient refines both accuracies tenfold."""
+        refined = state.tol / probing.START_FACTOR, state.adjoint_tol / probing.START_FACTOR
+        return self._here(state, START, state.accuracy, *refined)
 
     def _start(self, state, seen: Point):
-        """Accuracies are good enough once a tenfold better one changes the gradient little, or costs too much."""
+        """Accuracies are good enough once tenfold better ones change the gradient little, or cost too much."""
         accuracy, starts, size = state.accuracy, state.starts + 1, seen.size
         moved = jnp.linalg.norm(seen.slope - state.point.slope)
         dear = seen.work > probing.START_CAP * (state.spent - seen.work)
         enough = ((moved <= probing.MOVED * size) | dear) & (size > 0)
-        kind = accuracy.kind
-        change = jnp.abs(seen.value - state.point.value)
         accuracy = accuracy._replace(
-            eps=jnp.where(enough | (kind == DELTA), accuracy.eps, state.tol),
-            delta=jnp.where(enough | (kind == EPS), accuracy.delta, state.adjoint_tol),
-            noise=jnp.where(kind == DELTA, accuracy.noise, change),
+            eps=jnp.where(enough, accuracy.eps, state.tol),
+            delta=jnp.where(enough, accuracy.delta, state.adjoint_tol),
+            noise=jnp.abs(seen.value - state.point.value),
         )
         state = replace(state, point=seen, kept=state.warm, starts=starts, accuracy=accuracy)
-        over = (enough & (kind != EPS)) | (starts >= probing.STARTS) | ~seen.finite
-        again = self._starting(state, jnp.where(enough, DELTA, kind))
-        return trees.where(over, self._begun(state), again)
+        over = enough | (starts >= probing.STARTS) | ~seen.finite
+        return trees.where(over, self._begun(state), self._starting(state))
 
     def _begun(self, state):
         point = state.point
@@ -282,12 +278,13 @@ class QuasiNewton(Method):
         stale = (seen.steps < STALE) & (seen.lower > 0) & seen.finite
         attained = jnp.minimum(state.accuracy.eps, jnp.where(stale, seen.lower, jnp.inf))
         delta = jnp.minimum(state.accuracy.delta, jnp.where(stale, seen.adjoint, jnp.inf))
+        factor = jnp.where(stale, ONE_STEP, FACTOR)
         closer = replace(
             state,
             phase=jnp.full_like(state.phase, CLOSER),
             other=seen,
-            tol=attained / FACTOR,
-            adjoint_tol=delta / FACTOR,
+            tol=attained / factor,
+            adjoint_tol=delta / factor,
             accuracy=state.accuracy._replace(eps=attained),
         )
         doubtful = (passes & (seen.value > level)) | stale

@@ -153,7 +153,7 @@ def certified(kind: str, make: Callable, total: int) -> dict[str, Any]:
             make(setting.oracle, certified=True), setting.start, setting.batch, steps=total - steps, progress=False,
             callback=lambda step, state, info, seen=seen: seen.append(state.params),
         )  # fmt: skip
-        judge = upper_level_problems.Judge(setting.judge().oracle, replace(setting, tight=1e-10))
+        judge = replace(setting, tight=1e-10).judge()
         exact = np.array([judge(params) for params in (setting.start, *seen)])
         change = np.diff(exact)
         steps, work = steps + result.steps, work + result.work

@@ -35,6 +35,7 @@ FIRST_FACTOR = 10.0  # of the probes before the first step
 FIRST_PROBES = 12
 FIRST_COST = 3.0  # of such a probe, in the work of all before: no more of them once anything was solved
 GAPS = (2, 40)  # least and most steps from probe to probe
+MORE = "more samples to a batch, or a schedule here"  # cure of a batch that tells no noise
 SPENT = 2.0  # least work from probe to probe, in that of the last one
 
 
@@ -292,7 +293,7 @@ class Stochastic(WithOptimizer, Method):
         if self.optimizer is None:
             return self._growing.init(params, batch)
         if self._probing:
-            self._require_chunks(batch)
+            _require_chunks(self.oracle, batch, MORE)
         params = steps.project(self.projection, params)
         first = steps.first_tolerances(self.asked, params, batch, START, self.tol, self.adjoint_tol)
         count = jnp.zeros((), jnp.int32)
@@ -356,7 +357,7 @@ class Stochastic(WithOptimizer, Method):
 
     def _probed(self, state: StochasticState, batch) -> _Call:
         """The last call on this batch, after the probes that are due. A loop, so that the oracle is compiled once."""
-        self._require_chunks(batch)
+        _require_chunks(self.oracle, batch, MORE)
         turn, due = state.probes.turn, state.probes.due()
         begin = Tolerances(state.tol, state.adjoint_tol)
 
@@ -364,13 +365,10 @@ class Stochastic(WithOptimizer, Method):
             tol, adjoint_tol = call.next
             return call.then(self.asked(state.params, batch, call.hg.warm, tol=tol, adjoint_tol=adjoint_tol), turn, due)
 
-        shapes = jax.eval_shape(
-            lambda: self.asked(state.params, batch, state.warm, tol=state.tol, adjoint_tol=state.tol)
-        )
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        nothing = steps.no_hypergradient(self.asked, state.params, batch, state.warm)
         none = _Call(
             count=jnp.zeros((), jnp.int32),
-            hg=nothing._replace(warm=state.warm),
+            hg=nothing,
             asked=begin,
             next=begin,
             again=jnp.asarray(True),
@@ -380,9 +378,6 @@ class Stochastic(WithOptimizer, Method):
             status=nothing.status,
         )
         return jax.lax.while_loop(lambda call: call.again, ask, none)
-
-    def _require_chunks(self, batch) -> None:
-        _require_chunks(self.oracle, batch, "more samples to a batch, or a schedule here")
 
 
 def tells_noise(oracle, batch) -> bool:

@@ -194,6 +194,13 @@ def test_a_projection_that_is_none_is_refused_before_the_first_step(name):
 
 
 @EACH
+def test_a_start_that_is_not_finite_is_no_fault_of_a_projection(name):
+    params = PARAMS | {"regularizer": jnp.full_like(PARAMS["regularizer"], jnp.nan)}
+    for projection in ({}, {"projection": box}):
+        assert jb.fit(METHODS[name](EXACT, **projection), params, BATCH, steps=2).status is jb.FitStatus.FAILED
+
+
+@EACH
 def test_a_start_that_nothing_depends_on_is_said(name):
     blind = jb.explicit.Oracle(lambda params, d: jnp.sum(d["y"] ** 2) + 0.0 * jnp.sum(params["regularizer"]))
     words = "the hypergradient was exactly zero from the start"

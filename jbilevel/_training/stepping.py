@@ -73,7 +73,7 @@ def init(method: Method, params, batch) -> MethodState:
 
 def require_projection(method: Method, params, begun: MethodState, batch) -> None:
     """ValueError where ``init`` moved params, and moves again what it made of them: feasible ones have to stay."""
-    if not _moved(begun.params, params):
+    if not _moved(begun.params, params) > 0:  # NaN is not for a projection to answer for
         return
     again = _start(method, begun.params, batch)
     apart, size = _moved(again, begun.params), float(trees.norm(begun.params))

@@ -413,9 +413,11 @@ class QuasiNewton(Method):
         size = state.point.size
         jam = state.jam.tried(overshot, jnp.where(rejected, 0.0, before.length), size)
         jam = trees.where(tried, jam, state.jam._replace(steepest=jnp.maximum(state.jam.steepest, size)))
-        state = replace(state, jam=jam)
+        work = state.spent - before.spent
+        state = replace(state, jam=jam, excursion=state.excursion.used(work))
         trip, point, best = state.excursion, state.point, state.best
         lost = point.value - best.value > excursion.LOST * (state.highest - best.value)
+        lost = lost | (work > excursion.DEAR * trip.usual)
         ends = trip.on & ((trip.idle > excursion.IDLE) | lost) & (state.phase == TRIAL)
         begins = ~trip.on & jam.is_one(state.radius, size) & (state.phase == TRIAL) & ~state.done
         choice = jnp.where(ends, 1, jnp.where(begins, 2, 0))
@@ -426,8 +428,7 @@ class QuasiNewton(Method):
         looser = accuracy._replace(
             eps=jnp.maximum(accuracy.eps, trip.eps), delta=jnp.maximum(accuracy.delta, trip.delta)
         )
-        radius = jnp.where(trip.radius > 0, trip.radius, state.jam.longest)
-        return replace(state, radius=radius, excursion=trip.begun(), accuracy=looser)
+        return replace(state, radius=trip.longer(state.jam.longest), excursion=trip.begun(), accuracy=looser)
 
     def _home(self, state, lost):
         """Back at the best point, with the radius of the excursion."""
@@ -442,7 +443,7 @@ class QuasiNewton(Method):
             excursion=trip,
             point=best,
             radius=radius,
-            jam=Jam.none(jnp.zeros_like(radius)),
+            jam=state.jam._replace(overshoots=jnp.zeros_like(radius)),
             recent=jnp.full_like(state.recent, -jnp.inf).at[0].set(best.value),
             trail=lbfgs.Trail.at(best.at, best.slope),
             accuracy=accuracy._replace(gap=gap, next=(state.taken + gap).astype(jnp.int32)),

@@ -20,13 +20,15 @@ IDLE = 15  # steps without a better point, or lower values in the mean, that end
 AVERAGE = 0.8  # memory of that mean
 BEGIN = 5  # steps until its lowest counts: long steps out of a kink first lead up
 LOST = 0.5  # rise of the value above the best, against all descent, that ends it
+DEAR = 4.0  # work of one of its steps, against the usual work before it, that ends it
 RETREAT = 0.3  # of the radius then
+AGAIN = 3.0  # radius at first, against that at the end of the last excursion, at most the longest step
 
 
 class Jam(NamedTuple):
     overshoots: Any  # running share of trials that went too far
-    longest: Any  # accepted step since the last excursion
-    steepest: Any  # gradient since then
+    longest: Any  # accepted step
+    steepest: Any  # gradient
 
     @classmethod
     def none(cls, zero) -> Jam:
@@ -44,7 +46,7 @@ class Jam(NamedTuple):
 
 class Excursion(NamedTuple):
     on: Any
-    radius: Any  # with which the next one begins; 0: as long as the longest step
+    radius: Any  # at the end of the last one; 0: there was none
     eps: Any  # accuracies that were good enough on the last one
     delta: Any
     momentum: Any
@@ -53,6 +55,7 @@ class Excursion(NamedTuple):
     mean: Any  # of the values
     lowest: Any  # such mean
     idle: Any  # steps since the last better point, or lowest mean
+    usual: Any  # running mean of the work of a hypergradient outside of excursions
 
     @classmethod
     def none(cls, like) -> Excursion:
@@ -60,12 +63,21 @@ class Excursion(NamedTuple):
         nothing = jnp.zeros_like(like)
         return cls(
             on=jnp.asarray(False), radius=zero, eps=zero, delta=zero, momentum=nothing, squares=nothing, beats=none,
-            mean=zero, lowest=zero, idle=none,
+            mean=zero, lowest=zero, idle=none, usual=zero,
         )  # fmt: skip
 
     def begun(self) -> Excursion:
         nothing, none = jnp.zeros_like(self.momentum), jnp.zeros_like(self.beats)
         return self._replace(on=jnp.asarray(True), momentum=nothing, squares=nothing, beats=none, idle=none)
+
+    def longer(self, longest):
+        """The radius at first: also what crossed one valley has to get out of the next."""
+        return jnp.where(self.radius > 0, jnp.minimum(AGAIN * self.radius, longest), longest)
+
+    def used(self, work) -> Excursion:
+        """After a hypergradient of this work."""
+        usual = jnp.where(self.usual > 0, MEMORY * self.usual + (1 - MEMORY) * work, work)
+        return self._replace(usual=jnp.where(self.on, self.usual, usual))
 
     def saw(self, value, better) -> Excursion:
         """After a step to this value. better: than any before the excursion."""

@@ -24,6 +24,12 @@ EVERY = (
     "### Every problem\n\nMedians over seeds, with the range. A dash: not reached. CPU seconds are those to the last "
     "column of losses or work. Work to a target is that when it was first seen, even where the loss then rises again.\n"
 )
+CHOICES = (
+    "### What it chose, and its first call\n\nAccuracies of the lower level and of the adjoint against the scales of "
+    "the start: median of the steps (first to ninth decile), medians over instances, beside those of Adam's best cell "
+    "in the last column of each problem, from grids a factor of 3 or 10 apart. First call: the longest compilation. "
+    "Compiled later: programs after the first step, in all runs.\n"
+)
 DRAWN = (
     "Adam gets batches of 16 crops and the last solution of each as its warm start; methods that compare values "
     "get all of them at once. Losses are looked at whenever the work has grown by 2 and by a twentieth.\n"
@@ -260,6 +266,63 @@ def demand(problem: Problem, must: Must) -> str:
     return f"{what} {target(problem, must.at)}, {over}{', at most Adam' if must.limit is None else ''}{who}"
 
 
+# -------------------------------------------------------------------------------------------------------- what it costs
+
+
+def choices_table(rows: Sequence[dict]) -> str:
+    """The accuracies that a method chose beside those of Adam's best cells, and what its first call took."""
+    lines, far = [], []
+    for name in PROBLEMS:
+        methods = of(rows, name)
+        own = [row["figures"]["cells"][0] for method in OURS for row in methods.get(method, {}).values()]
+        own = [figures for figures in own if "accuracies" in figures]
+        if not own:
+            continue
+        found = scores(PROBLEMS[name], methods[ADAM], labels(PROBLEMS[name])[-1]) if ADAM in methods else {}
+        best = [score.cell for score in found.values() if score.cell]
+        line = [name]
+        for what in ("tol", "adjoint_tol"):
+            chosen = [figures["accuracies"][what] for figures in own if what in figures["accuracies"]]
+            tried = sorted({cell[what] for cell in best})
+            line += [_deciles(chosen), " to ".join(f"{tol:g}" for tol in dict.fromkeys((tried[0], tried[-1])))
+                     if tried else "–"]  # fmt: skip
+            if chosen and tried:
+                middle = median([deciles[1] for deciles in chosen])
+                far += [f"{name} ({what})"] if middle > 10 * tried[-1] or middle < tried[0] / 10 else []
+        line += [_first_call(methods, method) for method in ("QuasiNewton", "Stochastic", "MAID")]
+        line.append(str(sum(figures.get("recompiled", 0) for figures in own)))
+        lines.append(line)
+    if not lines:
+        return ""
+    header = ["problem", "accuracy chosen", "Adam's", "of the adjoint", "Adam's", *("QuasiNewton, s", "Stochastic, s"),
+              "MAID, s", "compiled later"]  # fmt: skip
+    told = f"Further than a decade from every best cell: {', '.join(far) or 'none'}.\n"
+    return CHOICES + "\n" + table(header, lines) + "\n" + told
+
+
+def _deciles(chosen: Sequence[Sequence[float]]) -> str:
+    if not chosen:
+        return "–"
+    low, middle, high = (median([deciles[i] for deciles in chosen]) for i in range(3))
+    return f"{middle:.2g} ({low:.2g} to {high:.2g})"
+
+
+def _first_call(methods: Mapping[str, Mapping[str, dict]], method: str) -> str:
+    spent = [row["figures"]["cells"][0]["compile_seconds"] for row in methods.get(method, {}).values()]
+    return seconds(max(spent)) if spent else "–"
+
+
+def hours(rows: Sequence[dict]) -> str:
+    """Of the runs on the page, judges apart."""
+    spent: dict[str, float] = {}
+    for row in rows:
+        whose = "grids of Adam" if row["case"]["method"] == ADAM else "methods"
+        for figures in row["figures"]["cells"]:
+            spent[whose] = spent.get(whose, 0.0) + number(figures["seconds"]) + number(figures["compile_seconds"])
+    parts = [f"{whose} {value / 3600:.2f}" for whose, value in sorted(spent.items())]
+    return f"CPU hours of all runs with their compilation, without judging: {', '.join(parts)}.\n"
+
+
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
@@ -286,6 +349,7 @@ def render(rows: Sequence[dict]) -> str:
             "Adam's, it is that of the best cell at that very mark.\n",
             demands,
         ]
+    parts += [part for part in (choices_table(known), hours(known)) if part]
     parts += [EVERY]
     parts += [section(known, name) for name in ours]
     if any(of(known, name) for name in others):

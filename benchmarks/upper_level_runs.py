@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from benchmarks.upper_level_problems import Judge, Setting
 AT_FIRST = 40  # steps after each of which targets are looked at
 POINTS = 60  # of a curve
 DIVERGED = 10.0  # times the start's loss above it
+COMPILED = 0.1  # seconds that a program of a step takes to compile at least, and no operation of the host
 BEHIND = 0.15  # of the way from the start to the best cell: a cell of a grid that lacks more at a mark is given up
 
 
@@ -57,10 +59,12 @@ class Run(NamedTuple):
     message: str
     compile_seconds: float
     curve: list  # (work, seconds, exact loss) rows, at most `POINTS`
+    accuracies: dict  # of the lower level and the adjoint, against the scales of the start: deciles 1, 5 and 9 of steps
+    recompiled: int | None = None  # programs that were compiled after the first step
 
     def figures(self) -> dict[str, Any]:
         """For a row: what was asked for, with six digits."""
-        return {name: _short(part) for name, part in self._asdict().items() if part not in ({}, [])}
+        return {name: _short(part) for name, part in self._asdict().items() if part not in ({}, [], None)}
 
 
 def _short(part):
@@ -81,9 +85,10 @@ class Watch:
         self.targets = sorted((aim.targets or {}).items(), key=lambda item: -item[1])
         self.marks, self.mark_seconds, self.reached, self.reached_seconds = {}, {}, {}, {}
         self.looks: list[tuple[float, float, Any]] = []  # with params in place of a value where nothing hangs on it
+        self.asked: list[tuple[float, float]] = []  # of lower level and adjoint
         self.work = self.seen = self.apart = 0.0
         self.last, self.count, self.why = setting.start, 0, ""
-        self.first = judge(setting.start)
+        self.first = judge(jax.tree.map(np.asarray, setting.start))  # as later params come
         self.growth = max(1.01, (self.left[-1] / 2) ** (1 / POINTS)) if self.left else aim.every
         self.begun = time.process_time()
 
@@ -94,6 +99,7 @@ class Watch:
         before, now, start = self.work, self.seconds(), time.process_time()
         self.work += float(info.work) / self.setting.count
         self.count += 1
+        self.asked.append((float(info.tol), float(info.adjoint_tol)))
         while self.left and self.work > self.left[0]:  # the params before the step that passed the mark
             mark = self.left.pop(0)
             value = self.marks[mark] = self.judge(self.last)
@@ -135,7 +141,16 @@ class Watch:
             marks=self.marks, reached=self.reached, mark_seconds=self.mark_seconds,
             reached_seconds=self.reached_seconds, work=self.work, seconds=seconds, value=value, steps=steps,
             status=status, message=message, compile_seconds=compile_seconds, curve=[],
+            accuracies=self.accuracies(),
         )  # fmt: skip
+
+    def accuracies(self) -> dict[str, list[float]]:
+        scales = self.setting.oracle.scales(self.setting.start, self.setting.batch)
+        found = {}
+        for name, scale, asked in zip(("tol", "adjoint_tol"), scales, zip(*self.asked, strict=True), strict=False):
+            if 0 < float(scale) < np.inf and np.all(np.isfinite(asked)):
+                found[name] = (np.quantile(asked, (0.1, 0.5, 0.9)) / float(scale)).tolist()
+        return found
 
     def curve(self) -> list[list[float]]:
         """The start and what was looked at, judged now where it was not before, thinned."""
@@ -150,14 +165,31 @@ def run(setting: Setting, method: jb.Method, judge: Judge, aim: Aim, batches=Non
     batches = setting.batch if batches is None else batches
     began = jb.fit(method, setting.start, batches, steps=1)  # compiles
     watch = Watch(setting, judge, aim, leader)
-    found = jb.fit(method, setting.start, batches, steps=10**6, callback=watch, progress=False)
+    with programs() as compiled:
+        found = jb.fit(method, setting.start, batches, steps=10**6, callback=watch, progress=False)
     if found.status == jb.FitStatus.INTERRUPTED:
         raise SystemExit(found.message)  # half a run is no row
     status, message = (found.status.name, found.message) if not watch.why else ("STOPPED", watch.why)
     done = watch.run(
         steps=found.steps, status=status, message=message, compile_seconds=began.compile_seconds, params=found.params
     )
-    return done._replace(curve=watch.curve())
+    return done._replace(curve=watch.curve(), recompiled=sum(seconds > COMPILED for seconds in compiled))
+
+
+@contextmanager
+def programs() -> Iterator[list[float]]:
+    """A list that receives the seconds of every compilation in the block."""
+    seconds: list[float] = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Adam

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -28,6 +29,7 @@ from benchmarks.upper_level_runs import (  # noqa: E402
     adam,
     best,
     grid,
+    programs,
     run,
     sampled_adam,
     shuffled,
@@ -62,7 +64,7 @@ def watched(aim, values, leader=None, work=10.0):
     watch = Watch(quadratic(start=0.0), lambda p: float(values[int(p)]), aim, leader)
     for k in range(len(values) - 1):
         state = SimpleNamespace(params=jnp.array(k + 1.0))
-        if watch(k, state, SimpleNamespace(work=work, value=values[k])):
+        if watch(k, state, SimpleNamespace(work=work, value=values[k], tol=0.1, adjoint_tol=0.2)):
             break
     ended = {"steps": k + 1, "status": "CONVERGED", "message": "", "compile_seconds": 0.0}
     return watch.run(**ended, params=state.params), watch
@@ -140,7 +142,9 @@ def test_judging_costs_neither_work_nor_time():
 
     watch = Watch(quadratic(), slow, Aim(targets={"a": 0.0}, budget=100))
     for k in range(20):
-        watch(k, SimpleNamespace(params=jnp.array(1.0)), SimpleNamespace(work=10.0, value=1.0))
+        watch(
+            k, SimpleNamespace(params=jnp.array(1.0)), SimpleNamespace(work=10.0, value=1.0, tol=0.1, adjoint_tol=0.1)
+        )
     assert watch.apart > 20 * watch.seconds()
 
 
@@ -165,6 +169,17 @@ def test_fit_to_marks_and_targets():
     assert done.value == pytest.approx(exact(params), rel=1e-5)
     figures = json.loads(json.dumps(done.figures()))
     assert figures["reached"]["0.01"] == pytest.approx(done.work) and "marks" not in figures
+
+
+def test_a_run_tells_its_accuracies_and_what_was_compiled_later():
+    setting = quadratic()
+    done = run(setting, jb.QuasiNewton(setting.oracle), setting.judge(), Aim(marks=(20,)))
+    scales = setting.oracle.scales(setting.start, setting.batch)
+    first = done.accuracies["tol"][2] * float(scales.solution)
+    assert done.recompiled == 0 and first == pytest.approx(0.03 * float(scales.solution), rel=1e-6)
+    with programs() as seconds:
+        jax.block_until_ready(jax.jit(lambda x: 3 * x + 1)(jnp.arange(3.0)))
+    assert seconds
 
 
 def test_half_a_run_is_no_row(monkeypatch):
@@ -275,7 +290,8 @@ def row(method, instance, cells, problem="foe", goal=None):
 def at(**marks):
     """Figures with losses at marks and seconds that are a hundredth of the mark."""
     values = {key[1:]: value for key, value in marks.items()}
-    return {"marks": values, "mark_seconds": {key: float(key) / 100 for key in values}}
+    spent = {"seconds": 50.0, "compile_seconds": 2.0}
+    return {"marks": values, "mark_seconds": {key: float(key) / 100 for key in values}} | spent
 
 
 ADAMS = [
@@ -352,6 +368,15 @@ def test_the_page_says_what_is_missed(monkeypatch):
 def test_what_was_not_measured_is_not_missed():
     text = page.render(ADAMS)
     assert "missed" not in text and "were not measured" in text
+
+
+def test_choices_are_beside_those_of_the_best_cells():
+    chosen = {"accuracies": {"tol": [0.05, 0.2, 0.4], "adjoint_tol": [1e-4, 1e-3, 2e-3]}, "recompiled": 0}
+    text = page.choices_table([*ADAMS, row("QuasiNewton", "seed 0", at(_1000=4.0) | chosen)])
+    assert "| foe | 0.2 (0.05 to 0.4) | 0.1 | 0.001 (0.0001 to 0.002) | 0.1 | 2.0 | – | – | 0 |" in text
+    assert "Further than a decade from every best cell: foe (adjoint_tol)." in text
+    assert not page.choices_table(ADAMS)
+    assert "grids of Adam 0.09" in page.hours(ADAMS)  # 6 cells of 52 s
 
 
 def test_median_of_what_was_not_always_reached():

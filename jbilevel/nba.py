@@ -21,6 +21,7 @@ SEARCHES = ("line", "trust-region")
 ACCEPT, POOR, GOOD = 1e-2, 0.25, 0.75
 ACCURACY_DOWN = 0.1  # factor on both tolerances when no step is found
 SHORT = 3  # trials before a subgradient from nearby is taken in
+NEAR = 1e-2  # of the norm of params: from further away, hypergradients that cancel show no minimum
 SIMPLEX_STEPS = 1000
 
 
@@ -40,7 +41,8 @@ class _Search(NamedTuple):
     step: Any
     tries: Any
     stage: Any  # bundle steps so far; one more where the search ends with the first direction
-    least_norm: Any  # smallest norm of a direction so far
+    least_norm: Any  # smallest norm of a direction so far, of those from nearby
+    near: Any  # whether all that the direction is made of are
     accepted: Any
     last_length: Any  # length of the last step tried
     status: Any
@@ -61,9 +63,10 @@ class NBA(Method):
     would jam. So where a few trials fail, the hypergradient g' at the last of them is taken in, in case it belongs to
     another piece: g becomes the point of least norm on the segment [g, g'], along the kink, and the search starts
     again, up to ``bundle_steps`` times (the two-point bundle of Wolfe 1975 and Mifflin 1977); only then the first g is
-    followed down to the shortest steps. ``info.grad_norm`` is the least norm of all these g, an element of the convex
-    hull of hypergradients nearby: it goes to zero at a minimum on a kink, where that of a single one does not. Where no
-    step is found, both tolerances fall by ten, at most twice; then ``info.done``.
+    followed down to the shortest steps. ``info.grad_norm`` is the least norm of all these g from within 1 % of the norm
+    of params, an element of the convex hull of hypergradients nearby: it goes to zero at a minimum on a kink, where
+    that of a single one does not; from afar it would between the walls of a smooth valley too. Where no step is found,
+    both tolerances fall by ten, at most twice; then ``info.done``.
 
     Args:
       oracle: any hypergradient oracle.
@@ -139,6 +142,7 @@ class NBA(Method):
             tries=zero,
             stage=zero,
             least_norm=trees.norm(hg.grad),
+            near=jnp.asarray(True),
             accepted=jnp.asarray(False),
             last_length=jnp.zeros_like(first),
             status=hg.status,
@@ -227,12 +231,14 @@ class NBA(Method):
         direction = trees.where(jnp.isfinite(squared), shortest, s.direction)
         # a direction of 0 is a minimum at this distance: only shorter steps can tell
         stage = jnp.where(trees.norm(direction) > 0, s.stage + 1, self.bundle_steps).astype(jnp.int32)
+        near = s.near & (trees.norm(trees.sub(s.trial, state.params)) <= NEAR * trees.norm(state.params))
         return s._replace(
             direction=direction,
             step=first,
             tries=jnp.zeros_like(s.tries),
             stage=stage,
-            least_norm=jnp.minimum(s.least_norm, trees.norm(direction)),
+            near=near,
+            least_norm=jnp.where(near, jnp.minimum(s.least_norm, trees.norm(direction)), s.least_norm),
             work=s.work + nearby.work,
         )
 

@@ -39,6 +39,15 @@ def test_minimum_on_a_kink(search):
 
 
 @SEARCH
+def test_gradients_that_cancel_across_a_smooth_valley_show_no_minimum(search):
+    """Condition 1e8: between its walls the least norm is the small slope along the valley, at params it is 1e4."""
+    steep = jb.explicit.Oracle(lambda p, d: 0.5 * (1e8 * (p[0] - 1.0) ** 2 + (p[1] - 1.0) ** 2) + 0.0 * d)
+    result = jb.fit(jb.NBA(steep, search=search), jnp.array([1.0001, 50.0]), jnp.zeros(1), steps=300, progress=False)
+    gap = result.history["value"][-1] / result.history["value"][0]
+    assert result.status != jb.FitStatus.CONVERGED or gap <= 1e-6
+
+
+@SEARCH
 def test_bundle_leaves_a_ridge_that_the_gradient_cannot(search):
     """max(5 |u|, |v|) from a point on its crease: one gradient alone zigzags across."""
     far, near = (

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 EPS, DELTA, BOTH = range(3)  # what a probe refines
 
-FIRST = 0.03  # of the scales at the cold start
+FIRST = 0.1  # of the scales at the cold start
 START_FACTOR = 10.0  # by which accuracies are refined before the first step, until the gradient stays
-START_CAP = 1.0  # cost of such a refinement, against all work before, that ends them
+START_CAP = 2.0  # cost of such a refinement, against all work before, that ends them
 STARTS = 10
 MOVED, STAYED = 0.5, 0.2  # share by which a probe moves the gradient: tighten above, loosen below
 FACTOR = 3.0  # of a probe, and of a change

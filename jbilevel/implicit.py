@@ -7,7 +7,7 @@ d loss(x_hat) = d_params loss - J' q with H q = grad_x loss (Pedregosa 2016).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,6 +18,7 @@ from jbilevel._core.results import guard, raise_if_known, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._oracle.base import require_view
 from jbilevel._oracle.pipeline import AdjointOracle
+from jbilevel._oracle.share import Share, solved
 from jbilevel._oracle.smooth_system import SmoothLower
 from jbilevel._oracle.solution import ADJOINT, LOWER, SolutionMap, Spec, as_cotangents, constant, leaf_gradients
 from jbilevel._views.base import Problem
@@ -28,6 +29,8 @@ from jbilevel.solvers.loop import full_float32
 __all__ = ["Oracle", "argmin"]
 
 _CG = CG()
+
+SHORT, MANY = 0.1, 100  # relative residual and steps of corrections where a relative error is asked for
 
 
 def _lower(problem: Problem, solver, max_steps: int, linear_solver: LinearSolver, max_products: int) -> SmoothLower:
@@ -52,7 +55,8 @@ class Oracle(AdjointOracle):
       correct: return the hypergradient (and values) after one inexact Newton step on (x, q), whose error is of second
         order in the tolerances; ``error`` then estimates what remains.
       estimate: compute ``error`` (by the same Newton step) when correct is False; otherwise it is inf.
-      error_steps: CG steps in each of the two systems of that Newton step; more of them make better estimates.
+      error_steps: CG steps in each of the two systems of that Newton step at most; more of them make better estimates.
+      error_rtol: relative residual at which they stop.
       linear_solver: of the adjoint system: `solvers.CG` (strongly convex; with a ``preconditioner`` if there is a good
         one), or `solvers.MINRES` for energies whose Hessian may be indefinite.
       loss_smoothness: Lipschitz constant of x -> grad_x loss, for proven bounds.
@@ -85,6 +89,11 @@ class Oracle(AdjointOracle):
         super().__post_init__()
         _require(self.problem, self.linear_solver, "jb.implicit.Oracle")
 
+    def corrected(self) -> Oracle:
+        # short corrections: what they leave undone, a round more does
+        rtol = max(self.error_rtol, SHORT)
+        return replace(self, correct=True, error_rtol=rtol, error_steps=max(self.error_steps, MANY))
+
     @property
     def lower(self) -> SmoothLower:
         return _lower(self.problem, self.solver, self.max_steps, self.linear_solver, self.max_products)
@@ -100,7 +109,10 @@ def argmin(
     max_steps: int = 5000,
     max_products: int = 2000,
 ) -> Callable:
-    """The minimiser as a differentiable function ``(params, data, x0=None, *, tol, adjoint_tol) -> x_hat``.
+    """The minimiser as a differentiable function ``(params, data, x0=None, *, rtol, tol, adjoint_tol) -> x_hat``.
+
+    With ``rtol`` the distance ``||x - x_hat||`` is at most rtol ``||x||``, proven where strong_convexity is known and
+    by an estimate elsewhere, and derivatives solve their systems to the same relative residual.
 
     x_hat(params, data) = argmin_x energy(params, x, data). Reverse mode, its vmap, and second derivatives
     (grad of grad, jvp of grad) solve systems with the Hessian at x_hat; gradients flow to params and to the inexact
@@ -141,6 +153,9 @@ class Argmin(SolutionMap):
 @full_float32
 def _solve(spec: Spec, params, data, x0, tol):
     note_compilation(spec)
+    if isinstance(tol, Share):
+        found = solved(spec.lower, spec.view(params, data), x0, tol)
+        return found.x, found.info
     solution = spec.lower.run(spec.view(params, data), x0, tol)
     return solution.x, solution.info
 

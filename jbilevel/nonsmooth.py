@@ -59,9 +59,9 @@ class Oracle(AdjointOracle):
         ``||v| - u| <= biactive_tol max(|v|, u)``, which depends on no scale.
       damping: added to the diagonal of the support system. Without it a support with dependent columns, where x_hat
         may have no derivative, ends as STAGNATED, with the hypergradient that conjugate gradients had until then.
-      solver: `ForwardBackward`. correct, estimate, error_steps: as in `jbilevel.implicit.Oracle`, with the Newton step
-        on the support; its estimate knows nothing of a support that is still wrong at ``tol``, except that it is inf
-        where the step does not lower the forward-backward residual.
+      solver: `ForwardBackward`. correct, estimate, error_steps, error_rtol: as in `jbilevel.implicit.Oracle`, with the
+        Newton step on the support; its estimate knows nothing of a support that is still wrong at ``tol``, except that
+        it is inf where the step does not lower the forward-backward residual.
       loss_smoothness, in_axes, on_failure, chunk, max_steps, max_products: as in `jbilevel.implicit.Oracle`.
 
     ``hg.bound`` is never proven here; ``value_bound`` is, with strong_convexity and loss_smoothness.
@@ -104,7 +104,7 @@ def argmin(
     max_steps: int = 5000,
     max_products: int = 2000,
 ) -> Callable:
-    """The minimiser as a differentiable function ``(params, data, x0=None, *, tol, adjoint_tol) -> x_hat``.
+    """The minimiser as a differentiable function ``(params, data, x0=None, *, rtol, tol, adjoint_tol) -> x_hat``.
 
     x_hat(params, data) = argmin_x F(params, x, data) + sum_i weights(params)_i |x_i|, differentiable wherever no
     unknown is biactive. Reverse mode (once: no second derivatives, no forward mode) solves a system on the support;

@@ -37,7 +37,8 @@ class Oracle(AdjointOracle):
       correct: return the hypergradient (and values) after a correction of all four unknowns, some accelerated
         iterations for (x, y) and as many for the adjoint; ``error`` then estimates what remains.
       estimate: compute ``error`` (by the same correction) when correct is False; otherwise it is inf.
-      error_steps: iterations in each half of that correction; one costs one K and one K*.
+      error_steps: iterations in each half of that correction; one costs one K and one K*. error_rtol: share of the
+        first step at which they stop.
       loss_smoothness: Lipschitz constant of the gradient of the loss in (x, y), for proven bounds.
       in_axes, on_failure, chunk: see `jb.Oracle`; max_steps, max_adjoint_steps: limits of the two solves.
 
@@ -85,7 +86,7 @@ def saddle_point(
     max_steps: int = 5000,
     max_adjoint_steps: int = 5000,
 ) -> Callable:
-    """The saddle point as a differentiable function ``(params, data, x0=None, *, tol, adjoint_tol) -> (x, y)``.
+    """The saddle point as a differentiable function ``(params, data, x0=None, *, rtol, tol, adjoint_tol) -> (x, y)``.
 
     Reverse mode (once: no second derivatives, no forward mode) runs the adjoint iteration at the solution; gradients
     flow to params and to the inexact leaves of data, not to x0 or the tolerances.

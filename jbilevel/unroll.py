@@ -186,6 +186,11 @@ class OneStep(AdjointOracle):
         if self.step is None and self.problem.lacks_smoothness():
             raise ValueError("OneStep needs `step`, or a problem with `smoothness`.")
 
+    def corrected(self) -> AdjointOracle:
+        raise ValueError(
+            "`rtol` needs an adjoint that can be refined, which OneStep lacks; use `tol`, or jb.implicit.Oracle."
+        )
+
     @property
     def lower(self) -> SmoothLower:
         solver = self.problem.default_solver() if self.solver is None else self.solver

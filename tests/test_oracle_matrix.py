@@ -98,6 +98,32 @@ def test_values_and_gradient_are_exact_at_tight_tolerances(name, case):
     assert true <= float(hg.bound) + 1e-14 * np.linalg.norm(rows)
 
 
+@EACH
+def test_a_relative_error_is_met_or_refused(name):
+    """By its own estimate; the true error holds too. Padding has no say, and the sum of all work is told."""
+    case = cases(name)[0]
+    params, batch, weights, values, rows = problem(case)
+    oracle = make(name, case)
+    if name.startswith(("unroll", "one-step")):
+        with pytest.raises(ValueError, match="`rtol` needs an (oracle that estimates|adjoint that can be refined)"):
+            oracle(params, batch, rtol=1e-2)
+        return
+    weights = np.where(np.arange(COUNT) == BAD, 0.0, weights)
+    weights /= weights.sum()
+    batch = jax.tree.map(lambda leaf: leaf.at[BAD].set(jnp.nan), batch)
+    with compilations() as names:
+        found = [oracle(params, batch, rtol=rtol, sample_weight=weights) for rtol in (1e-1, 1e-3, 1e-6)]
+    assert sum("_relative" in name for name in names) <= 1
+    for rtol, hg in zip((1e-1, 1e-3, 1e-6), found, strict=True):
+        size = float(jnp.linalg.norm(ravel_pytree(hg.grad)[0]))
+        assert float(hg.error) <= rtol * size or hg.status > 0
+        if hg.status == 0:
+            assert relative(hg.grad, weights @ rows) <= 1.5 * rtol
+    assert found[-1].status == 0
+    if not name.startswith("nonsmooth"):  # where no error is told until the support is right
+        assert float(found[0].work) <= float(found[-1].work)
+
+
 @EACH_KIND
 def test_weights_choose_samples(name):
     case = cases(name)[0]

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import jbilevel as jb
+from jbilevel._method import probing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -176,7 +177,7 @@ def test_a_run_tells_its_accuracies_and_what_was_compiled_later():
     done = run(setting, jb.QuasiNewton(setting.oracle), setting.judge(), Aim(marks=(20,)))
     scales = setting.oracle.scales(setting.start, setting.batch)
     first = done.accuracies["tol"][2] * float(scales.solution)
-    assert done.recompiled == 0 and first == pytest.approx(0.03 * float(scales.solution), rel=1e-6)
+    assert done.recompiled == 0 and first == pytest.approx(probing.FIRST * float(scales.solution), rel=1e-6)
     with programs() as seconds:
         jax.block_until_ready(jax.jit(lambda x: 3 * x + 1)(jnp.arange(3.0)))
     assert seconds

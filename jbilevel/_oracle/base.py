@@ -21,9 +21,10 @@ from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import Hypergradient, Value, Warm, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays, refuse_derivatives, require_hashable
-from jbilevel._oracle import batches
+from jbilevel._oracle import batches, relative
 from jbilevel._oracle.batches import Axes, Split, in_chunks, inputs, over_samples, weights
 from jbilevel._oracle.batches import split as split_batch
+from jbilevel._oracle.relative import Round
 from jbilevel._oracle.samples import (
     PullBackPoints,
     Sample,
@@ -38,7 +39,7 @@ from jbilevel._oracle.samples import (
 )
 from jbilevel._oracle.spread import Scatter
 from jbilevel._views.base import Problem
-from jbilevel.solvers import require_tolerance
+from jbilevel.solvers import require_rtol, require_tolerance
 from jbilevel.solvers.loop import RELATIVE
 
 FAILURES = ("nan", "drop")
@@ -104,6 +105,19 @@ class Oracle(Contract, abstract="jb.Oracle"):
         """The same without the error estimate of the hypergradient, for methods that do not read it."""
         return self
 
+    def corrected(self) -> Oracle:
+        """The same that returns Newton-corrected hypergradients with their errors, as ``rtol`` needs."""
+        if not self.exact:
+            raise ValueError(
+                f"`rtol` needs an oracle that estimates the error of its hypergradients, which {type(self).__name__} "
+                "does not; use `tol`, or the oracle of the problem: problem.oracle(loss)."
+            )
+        return self
+
+    def sizes(self, params, data) -> Scales:
+        """Tolerances that the cold start of one sample meets; 0 where nothing is known of them."""
+        return Scales(jnp.zeros(()), jnp.zeros(()))
+
     @property
     def chunk_size(self) -> int | None:
         # in lockstep every sample takes the steps of the slowest: a gain only where one sample leaves the device idle
@@ -159,10 +173,16 @@ class Oracle(Contract, abstract="jb.Oracle"):
         return result
 
     @own_settings
-    def __call__(self, params, batch, warm=None, *, tol=None, adjoint_tol=None, sample_weight=None) -> Hypergradient:
+    def __call__(
+        self, params, batch, warm=None, *, rtol=None, tol=None, adjoint_tol=None, sample_weight=None
+    ) -> Hypergradient:
         """Mean value and hypergradient over the batch.
 
         Args:
+          rtol: relative error of ``grad`` that is asked for, by its own estimate: ``error <= rtol ||grad||_2``. Both
+            solves are then refined, warm, as far as the estimate needs, and what is returned is the Newton-corrected
+            hypergradient (as with ``correct=True``). Where it cannot be met a status says why, PRECISION at the floor
+            of the dtype, and ``error`` is what was reached. In place of ``tol`` and ``adjoint_tol``; traced.
           params: pytree of arrays. batch: pytree with a leading sample axis where in_axes says so. A mapping may hold
             the weights of its samples, shape (n,), under "sample_weight".
           warm: from ``init`` or a previous result (x and adjoint of each sample); cold when None. What of it is not
@@ -176,14 +196,17 @@ class Oracle(Contract, abstract="jb.Oracle"):
             of them costs nothing: with ``chunk=1`` a batch costs what its samples with weight cost.
 
         Raises:
-          ValueError: negative tolerance or weight, weights without a finite positive sum or given twice, or leaves of
-            the batch with different numbers of samples.
+          ValueError: negative tolerance or weight, weights without a finite positive sum or given twice, leaves of
+            the batch with different numbers of samples, ``rtol`` beside another tolerance or to an oracle that
+            estimates no errors.
           TypeError: a leaf of params or batch is not an array, or warm is not a `Warm`.
 
         Warns where no sample takes a step from its cold start because the tolerance is larger than what there is to
         solve.
         """
         params, batch = refuse_derivatives((params, batch), "of an oracle", "read `.grad`, or use jb.implicit.argmin")
+        if rtol is not None:
+            return self._by_error(params, batch, warm, sample_weight, rtol, (tol, adjoint_tol))
         asked = tol if adjoint_tol is None else adjoint_tol
         call = self._canonical(params, batch, warm, sample_weight, tol=tol, adjoint_tol=asked)
         result = _hypergradient(self, *call)
@@ -191,6 +214,16 @@ class Oracle(Contract, abstract="jb.Oracle"):
             say_if_unsolved("tol", tol, result.lower)
             say_if_unsolved("adjoint_tol", asked, result.adjoint)
         return result
+
+    def _by_error(self, params, batch, warm, sample_weight, rtol, others) -> Hypergradient:
+        if any(tol is not None for tol in others):
+            raise ValueError("`rtol` of an oracle stands in place of `tol` and `adjoint_tol`; leave those out.")
+        require_rtol(rtol)
+        oracle = self.corrected()
+        params, batch, warm, rtol, weight = oracle._canonical(params, batch, warm, sample_weight, rtol=rtol)
+        if self.exact:
+            return _hypergradient(self, params, batch, warm, rtol, rtol, weight)
+        return _relative(oracle, params, batch, warm, rtol, weight)
 
     def _canonical(self, params, batch, warm, sample_weight, **tolerances):
         """(params, batch, warm, *tolerances, weights) in one form whatever the caller gave, so that only one program is
@@ -353,6 +386,24 @@ def _value(oracle, params, batch, warm, tol, sample_weight) -> Value:
 @partial(jax.jit, static_argnums=0)
 def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Hypergradient:
     note_compilation(oracle)
+    return _round(oracle, params, batch, warm, tol, adjoint_tol, sample_weight).hypergradient
+
+
+@partial(jax.jit, static_argnums=0)
+def _relative(oracle, params, batch, warm, rtol, sample_weight) -> Hypergradient:
+    note_compilation(oracle)
+    split, weight = _prepare(oracle, params, batch, warm, sample_weight)
+    counts = weight > 0
+    with _products(oracle):
+        sizes = over_samples(lambda one: oracle.sizes(params, split.data(one)))(split.mapped)
+
+    def compute(warm, tol, adjoint_tol):
+        return _round(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
+
+    return relative.refined(compute, warm, sizes, rtol, counts)
+
+
+def _round(oracle, params, batch, warm, tol, adjoint_tol, sample_weight) -> Round:
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
 
     def evaluate(carry, chunk):
@@ -385,7 +436,8 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     samples = blamed(samples, finite | ~jnp.isfinite(value))
     error = batches.infinite_unless(finite, gradient_error(oracle, total, samples, weight))
     bound = batches.infinite_unless(finite, gradient_bound(oracle, total, samples, weight))
-    return Hypergradient(
+    removed = trees.norm(trees.sub(total.corrected, total.plain)) if oracle.corrects else jnp.zeros_like(error)
+    made = Hypergradient(
         value=value,
         values=samples.value - samples.shift if oracle.correct else samples.value,
         value_error=value_error,
@@ -400,3 +452,4 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
         lower=samples.lower,
         adjoint=samples.adjoint,
     )
+    return Round(made, removed)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jbilevel._core import trees
 from jbilevel._core.results import SolveInfo, Status, Warm
 from jbilevel._core.validate import require_function, trace_scalar
+from jbilevel._oracle.base import Scales
 from jbilevel._oracle.bounds import depends_on, gradient_bound, removed_and_left, value_errors
 from jbilevel._oracle.kinds import PullBackOracle
 from jbilevel._oracle.samples import PullBackPoints, Sample
@@ -40,6 +41,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     correct: bool = False
     estimate: bool = True
     error_steps: int = 20
+    error_rtol: float = 1e-3
     loss_smoothness: float | None = None
     max_steps: int = 5000
 
@@ -55,6 +57,8 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         require_function(self.loss, "loss")
         if self.error_steps < self.least_error_steps:
             raise ValueError(f"`error_steps` must be at least {self.least_error_steps}, got {self.error_steps}.")
+        if not 0 < self.error_rtol < 1:
+            raise ValueError(f"`error_rtol` must lie between 0 and 1, got {self.error_rtol}.")
         if self.loss_smoothness is not None and not self.loss_smoothness >= 0:
             raise ValueError(f"`loss_smoothness` must be nonnegative, got {self.loss_smoothness}.")
 
@@ -65,6 +69,9 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     def without_estimate(self) -> AdjointOracle:
         return replace(self, estimate=False)
 
+    def corrected(self) -> AdjointOracle:
+        return replace(self, correct=True)
+
     def check(self, params) -> None:
         self.problem.check(params)
 
@@ -74,6 +81,11 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         if (lacking := self.problem.lacks()) is not None:
             return lacking
         return "`loss_smoothness` to the oracle" if self.loss_smoothness is None else None
+
+    def sizes(self, params, data) -> Scales:
+        view, x0 = self.problem.view(params, data), self.problem.start(params, data)
+        size = self.lower.solver.first_residual(view, x0) / view.tolerance_scale
+        return Scales(size, trees.norm(jax.grad(self.loss, 1)(params, x0, data)))
 
     def start(self, params, data) -> Warm:
         x0 = self.problem.start(params, data)
@@ -100,7 +112,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         points, left, approach = PullBackPoints(system.point(adjoint)), None, None
         corrected_bound = None
         if self.corrects:
-            newton = system.correct(gradient, adjoint, self.error_steps)
+            newton = system.correct(gradient, adjoint, self.error_steps, self.error_rtol)
             left, approach = newton.left + newton.rounding * self.correct, newton.approach
             points = PullBackPoints(points.plain, newton.halfway, newton.point)
             work = adjoint.info.evaluations.join(newton.evaluations)

@@ -24,7 +24,7 @@ from jbilevel._core import trees
 from jbilevel._core.results import Work
 from jbilevel._oracle import acceleration
 from jbilevel._oracle.bounds import Blocks, Near, Norms, depends_on
-from jbilevel._oracle.smooth_system import DISTANCE_STEPS, NEWTON_RTOL
+from jbilevel._oracle.smooth_system import DISTANCE_RTOL, DISTANCE_STEPS
 from jbilevel._oracle.systems import Adjoint, Correction, Lower, System
 from jbilevel._views.saddle import SaddleView
 from jbilevel.prox import divided, times
@@ -139,15 +139,16 @@ class SaddleSystem(System):
         )
         return Adjoint(solution.x, solution.info.residual, solution.info, (residual, c))
 
-    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
+    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int, rtol: float) -> Correction:
         """Accelerated iterations for (p, r), and as many for the adjoint at the best of them."""
         half, c = max(steps // 2, 1), adjoint.parts[1]
-        own = self._accelerated(self.iteration, (self.p, self.r), half, steps)
+        own = self._accelerated(self.iteration, (self.p, self.r), half, steps, rtol)
         corrected = replace(self._with(*own.last), away=own.away)
         corrected = replace(corrected, subgradient=corrected.normal_map())
         corrected = replace(corrected, residual=self.residual_of(corrected.subgradient))
         loss_gradient = loss_gradient_at(corrected.x)
-        other = corrected._accelerated(corrected.adjoint_iteration(loss_gradient), c, half, steps, of_cotangents=True)
+        iteration = corrected.adjoint_iteration(loss_gradient)
+        other = corrected._accelerated(iteration, c, half, steps, rtol, of_cotangents=True)
         remaining = corrected._adjoint_residual(other.last, loss_gradient)
         q, size = corrected.at.lift(other.last), self.residual_of(remaining)
         left = own.left + other.left
@@ -180,7 +181,9 @@ class SaddleSystem(System):
 
         return iteration
 
-    def _accelerated(self, iteration, start, half: int, steps: int, of_cotangents: bool = False) -> _Halves:
+    def _accelerated(
+        self, iteration, start, half: int, steps: int, rtol: float, of_cotangents: bool = False
+    ) -> _Halves:
         """``steps`` of an iteration in the norm of its steps, sqrt(|x|^2/tau + |y|^2/sigma)."""
         roots = jax.tree.map(jnp.sqrt, (self.at.tau, self.at.sigma))
         if not of_cotangents:
@@ -190,8 +193,8 @@ class SaddleSystem(System):
         back = lambda v: tuple(map(divided, unravel(v), roots))  # noqa: E731
         step = lambda v: flat(iteration(back(v)))  # noqa: E731
         first = acceleration.begin(step, flat(start), min(MEMORY, steps))
-        middle = acceleration.resume(step, first, NEWTON_RTOL * first.size, half)
-        last = acceleration.resume(step, middle, NEWTON_RTOL**2 * first.size, steps)
+        middle = acceleration.resume(step, first, rtol * first.size, half)
+        last = acceleration.resume(step, middle, rtol**2 * first.size, steps)
         moved = trees.norm(trees.sub(last.best, first.best))
         left = last.distance / jnp.where(moved > 0, moved, 1.0)
         left = jnp.where(last.size == 0, 0.0, jnp.where(moved > 0, left, jnp.inf))
@@ -231,7 +234,7 @@ class SaddleSystem(System):
         if self.away is not None:
             first, second = (self.away * _largest(steps) ** 0.5 for steps in (self.at.tau, self.at.sigma))
             return (jnp.minimum(first, proven), second), 0
-        found = self._accelerated(self.iteration, (self.p, self.r), DISTANCE_STEPS, DISTANCE_STEPS)
+        found = self._accelerated(self.iteration, (self.p, self.r), DISTANCE_STEPS, DISTANCE_STEPS, DISTANCE_RTOL)
         moved = trees.sub(self._with(*found.last).x, self.x)
         first, second = (2 * trees.norm(part) for part in moved)
         return (jnp.minimum(first, proven), second), found.products

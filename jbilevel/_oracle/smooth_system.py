@@ -24,8 +24,8 @@ from jbilevel.solvers.cg import iterate as conjugate_gradients
 from jbilevel.solvers.linear import LinearSolver
 from jbilevel.solvers.mixed import hessian_at, refine
 
-# relative residual at which CG in the Newton step stops early
-NEWTON_RTOL = 1e-3
+# relative residual of CG that estimates a distance
+DISTANCE_RTOL = 1e-3
 # an error that is left after a Newton step is told up to so many times what the step removed
 MOST_LEFT = 8.0
 # share of the smallest Ritz value that is taken for a modulus of convexity, and of a rough estimate of one
@@ -74,13 +74,13 @@ class SmoothSystem(System):
         residual = trees.norm(trees.sub(self.product(q), loss_gradient))
         return Adjoint(q, residual, unsolved(residual, products=1))
 
-    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
+    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int, rtol: float) -> Correction:
         """H d = -grad at x, then H' q' = grad loss at x' = x + d, from q: conjugate gradients on both."""
-        view, half = self.view, steps // 2
+        view, half, halfway = self.view, steps // 2, math.sqrt(rtol)
         hessian = hessian_at(view, self.x, self.product)
         negative_gradient = trees.neg(self.gradient)
-        first = hessian.start(negative_gradient, half, NEWTON_RTOL, kept=steps)
-        newton = hessian.resume(first, steps, NEWTON_RTOL)
+        first = hessian.start(negative_gradient, half, halfway, kept=steps)
+        newton = hessian.resume(first, steps, rtol)
         candidate = trees.add(self.x, hessian.solution(newton, negative_gradient))
         # where the energy is far from quadratic the step may lose: then keep x, and improve q alone
         energy, gradient = view.value_and_gradient(candidate)
@@ -94,8 +94,8 @@ class SmoothSystem(System):
         _, gradient, product = view.linearize(x)
         hessian = hessian_at(view, x, product)
         adjoint_residual = trees.sub(loss_gradient_at(x), product(adjoint.q))
-        first = hessian.start(adjoint_residual, half, NEWTON_RTOL, kept=steps)
-        solve = hessian.resume(first, steps, NEWTON_RTOL)
+        first = hessian.start(adjoint_residual, half, halfway, kept=steps)
+        solve = hessian.resume(first, steps, rtol)
         q, q_halfway = (trees.add(adjoint.q, hessian.solution(state, adjoint_residual)) for state in (solve, first))
         before = trees.norm(adjoint_residual)
         # not that of conjugate gradients, which may be float32's: bounds are proven with it
@@ -159,7 +159,7 @@ class SmoothSystem(System):
         """
         if self.view.constants.strong_convexity is not None and not corrected:
             return (proven,), 0
-        tol = NEWTON_RTOL * trees.norm(self.gradient)
+        tol = DISTANCE_RTOL * trees.norm(self.gradient)
         start = trees.zeros_like(self.gradient)
         count = DISTANCE_STEPS
         newton = conjugate_gradients(self.product, self.gradient, start, tol, count, zero_start=True, kept=count)

@@ -16,8 +16,9 @@ from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import guard, say_if_unsolved
 from jbilevel._core.settings import own_settings
 from jbilevel._core.validate import arrays
+from jbilevel._oracle.share import Share, solved
 from jbilevel._oracle.systems import Lower
-from jbilevel.solvers import require_tolerance
+from jbilevel.solvers import require_rtol, require_tolerance
 from jbilevel.solvers.loop import RELATIVE, default_tolerance, full_float32, start_jitted
 
 DIGITS = 1e-3
@@ -41,13 +42,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class SolutionMap:
-    """``(params, data, x0=None, *, tol, adjoint_tol) -> x``: a differentiable solve behind the checks and the start."""
+    """``(params, data, x0=None, *, rtol, tol, adjoint_tol) -> x``: a differentiable solve, its checks and its start."""
 
     spec: Spec
     with_info: bool
 
     @own_settings
-    def __call__(self, params, data, x0=None, *, tol=None, adjoint_tol=None):
+    def __call__(self, params, data, x0=None, *, rtol=None, tol=None, adjoint_tol=None):
+        if rtol is not None and (tol is not None or adjoint_tol is not None):
+            raise ValueError("`rtol` of a solution stands in place of `tol` and `adjoint_tol`; leave those out.")
         problem = self.spec.lower.problem
         params, data, x0 = arrays(params, "params"), arrays(data, "data"), arrays(x0, "x0")
         problem.check(params)
@@ -55,11 +58,13 @@ class SolutionMap:
         start = start_jitted(problem, params, data)
         cold = x0 is None
         x0 = start if cold else trees.where(trees.all_finite(x0), trees.cast_like(x0, start), start)
-        if tol is None:
+        if rtol is not None:
+            asked = Share(require_rtol(rtol, x0))
+        elif tol is None:
             asked = default_tolerance(problem, self.spec.lower.solver, *jax.lax.stop_gradient((params, data)))
         else:
             asked = require_tolerance(tol, "tol", x0)
-        bound = _bound(tol, adjoint_tol, x0)
+        bound = _bound(rtol, tol, adjoint_tol, x0)
         try:
             x, info = self.solve(params, data, jax.lax.stop_gradient(x0), asked, bound)
         except TypeError as error:
@@ -88,9 +93,11 @@ class Bound(NamedTuple):
         return jnp.minimum(self.absolute, self.relative * trees.norm(b))
 
 
-def _bound(tol, adjoint_tol, x0) -> Bound:
-    """As `adjoint_tol` says; else ``tol``, but three digits in any unit; else relative."""
+def _bound(rtol, tol, adjoint_tol, x0) -> Bound:
+    """As `rtol` or `adjoint_tol` says; else ``tol``, but three digits in any unit; else relative."""
     dtype = trees.dtype(x0)
+    if rtol is not None:
+        return Bound(jnp.asarray(jnp.inf, dtype), jnp.asarray(rtol, dtype))
     if adjoint_tol is not None:
         return Bound(require_tolerance(adjoint_tol, "adjoint_tol", x0), jnp.asarray(jnp.finfo(dtype).max, dtype))
     if tol is not None:
@@ -102,6 +109,9 @@ def _bound(tol, adjoint_tol, x0) -> Bound:
 @full_float32
 def _solve(spec: Spec, params, data, x0, tol):
     note_compilation(spec)
+    if isinstance(tol, Share):
+        found = solved(spec.lower, spec.view(params, data), x0, tol)
+        return found.x, found.kept, found.info
     system, info = spec.lower.solve(spec.view(params, data), x0, tol)
     return system.x, system.kept(), info
 

@@ -117,9 +117,9 @@ class SupportSystem(SmoothSystem):
         q = self.view.project(q)
         return super().guess(self.view.project(loss_gradient), q)
 
-    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
+    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int, rtol: float) -> Correction:
         support: SupportView = self.view
-        found = super().correct(lambda z: support.project(loss_gradient_at(support.project(z))), adjoint, steps)
+        found = super().correct(lambda z: support.project(loss_gradient_at(support.project(z))), adjoint, steps, rtol)
         # the step stays on one support: where another begins it proves nothing
         x = support.project(found.system.x)
         after, rounding = self._proven_residual(x), trees.eps(self.x) * trees.norm(self.x) / self.step * 64

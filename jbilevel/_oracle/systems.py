@@ -65,8 +65,9 @@ class System(Contract, abstract="System"):
         """A given q, with its residual."""
 
     @abstractmethod
-    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int) -> Correction:
-        """One inexact Newton step on (x, q), of ``steps`` linear iterations on each; loss_gradient_at: of x."""
+    def correct(self, loss_gradient_at, adjoint: Adjoint, steps: int, rtol: float) -> Correction:
+        """One inexact Newton step on (x, q): at most ``steps`` linear iterations on each, until residuals have fallen
+        by rtol. loss_gradient_at: of x."""
 
     @abstractmethod
     def point(self, adjoint: Adjoint) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import jax
@@ -120,6 +121,22 @@ def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 4):
                 stacklevel=stacklevel,
             )
     return jnp.asarray(tol, trees.dtype(x))
+
+
+def require_rtol(rtol, x=()):
+    """The relative error that is asked for, as an array of the dtype of x; a concrete one is checked.
+
+    Raises:
+      ValueError: not a positive number.
+    """
+    if not isinstance(rtol, jax.core.Tracer):
+        try:
+            number = float(rtol)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 < number < math.inf:
+            raise ValueError(f"`rtol` must be a positive number, got {rtol!r}.")
+    return jnp.asarray(rtol, trees.dtype(x))
 
 
 def __dir__():

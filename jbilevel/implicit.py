@@ -16,7 +16,7 @@ from jbilevel._core import trees
 from jbilevel._core.recompilation import note_compilation
 from jbilevel._core.results import guard, raise_if_known, say_if_unsolved
 from jbilevel._core.settings import own_settings
-from jbilevel._oracle.base import require_view
+from jbilevel._oracle.base import Scales, require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.share import Share, solved
 from jbilevel._oracle.smooth_system import SmoothLower
@@ -88,6 +88,9 @@ class Oracle(AdjointOracle):
     def __post_init__(self):
         super().__post_init__()
         _require(self.problem, self.linear_solver, "jb.implicit.Oracle")
+
+    def scales(self, params, batch, sample_weight=None) -> Scales:
+        return self.cold_scales(params, batch, sample_weight)
 
     def corrected(self) -> Oracle:
         # short corrections: what they leave undone, a round more does

@@ -115,7 +115,7 @@ class Oracle(Contract, abstract="jb.Oracle"):
         return self
 
     def sizes(self, params, data) -> Scales:
-        """Tolerances that the cold start of one sample meets; 0 where nothing is known of them."""
+        """Tolerances of both solves that the cold start of one sample meets; 0 where tolerances have no say."""
         return Scales(jnp.zeros(()), jnp.zeros(()))
 
     @property
@@ -158,6 +158,11 @@ class Oracle(Contract, abstract="jb.Oracle"):
         return Scales(
             *(batches.finite_mean(jnp.where(counts, size, jnp.nan)) for size in (solution, first.adjoint.residual))
         )
+
+    def cold_scales(self, params, batch, sample_weight=None) -> Scales:
+        """The same from `sizes`, without a program that solves."""
+        params, batch = inputs(params, batch)
+        return _cold_scales(self, params, batch, weights(batch, sample_weight))
 
     @own_settings
     def value(self, params, batch, warm=None, *, tol=None, sample_weight=None) -> Value:
@@ -389,13 +394,28 @@ def _hypergradient(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)
     return _round(oracle, params, batch, warm, tol, adjoint_tol, sample_weight).hypergradient
 
 
+def _sizes(oracle, params, split: Split, weight) -> Scales:
+    def evaluate(carry, chunk):
+        with _products(oracle):
+            return carry, over_samples(lambda one: oracle.sizes(params, split.data(one)))(chunk[0])
+
+    return in_chunks(evaluate, oracle.chunk_size, None, split.mapped, weight, may_skip=False)[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _cold_scales(oracle, params, batch, sample_weight) -> Scales:
+    split = split_batch(batch, oracle.in_axes.tree())
+    weight = jnp.ones((split.count,)) if sample_weight is None else sample_weight
+    sizes = _sizes(oracle, params, split, weight)
+    return Scales(*(batches.finite_mean(jnp.where(weight > 0, size, jnp.nan)) for size in sizes))
+
+
 @partial(jax.jit, static_argnums=0)
 def _relative(oracle, params, batch, warm, rtol, sample_weight) -> Hypergradient:
     note_compilation(oracle)
     split, weight = _prepare(oracle, params, batch, warm, sample_weight)
     counts = weight > 0
-    with _products(oracle):
-        sizes = over_samples(lambda one: oracle.sizes(params, split.data(one)))(split.mapped)
+    sizes = _sizes(oracle, params, split, weight)
 
     def compute(warm, tol, adjoint_tol):
         return _round(oracle, params, batch, warm, tol, adjoint_tol, sample_weight)

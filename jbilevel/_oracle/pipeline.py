@@ -69,6 +69,12 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     def without_estimate(self) -> AdjointOracle:
         return replace(self, estimate=False)
 
+    def scales(self, params, batch, sample_weight=None) -> Scales:
+        if not self.corrects:
+            return super().scales(params, batch, sample_weight)
+        # a correction would make the cold start better than it is
+        return replace(self, correct=False, estimate=False).scales(params, batch, sample_weight)
+
     def corrected(self) -> AdjointOracle:
         return replace(self, correct=True)
 
@@ -85,7 +91,7 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
     def sizes(self, params, data) -> Scales:
         view, x0 = self.problem.view(params, data), self.problem.start(params, data)
         size = self.lower.solver.first_residual(view, x0) / view.tolerance_scale
-        return Scales(size, trees.norm(jax.grad(self.loss, 1)(params, x0, data)))
+        return Scales(size, self.lower.adjoint_size(view, jax.grad(self.loss, 1)(params, x0, data)))
 
     def start(self, params, data) -> Warm:
         x0 = self.problem.start(params, data)

@@ -331,6 +331,9 @@ class SaddleLower(Lower):
     def restore(self, view, x, kept) -> SaddleSystem:
         return self.system(view, x, *kept)
 
+    def adjoint_size(self, view, loss_gradient):
+        return _measure(view, loss_gradient)
+
     def system(self, view: SaddleView, pair, subgradient, norm) -> SaddleSystem:
         """At a pair right after the proxes, from the element of T known there; the adjoint's steps do not shrink."""
         tau, sigma = replace(self.solver, accelerate=False).steps(view, norm)

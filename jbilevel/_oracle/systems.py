@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jbilevel._core import trees
 from jbilevel._core.contracts import Contract
 from jbilevel._core.results import SolveInfo, Work
 from jbilevel._oracle.bounds import Blocks, Near, Norms
@@ -129,6 +130,10 @@ class Lower(Contract, abstract="Lower"):
     def pairing(self, view, x, rest) -> Any:
         """A function of the parameters behind ``view`` whose gradient is minus the indirect part of the hypergradient;
         all but the parameters is held fixed. x, rest: a `System.point`."""
+
+    def adjoint_size(self, view, loss_gradient) -> Any:
+        """The residual of the adjoint system at q = 0."""
+        return trees.norm(loss_gradient)
 
     def solve_both(self, view, loss_gradient_at, warm, tol, adjoint_tol) -> tuple[System, SolveInfo, Adjoint]:
         """The system and its adjoint: one after the other."""

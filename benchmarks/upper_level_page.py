@@ -384,7 +384,7 @@ def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict
     from matplotlib.ticker import NullFormatter
 
     instances = list(dict.fromkeys(instance for rows in methods.values() for instance in rows))[:PANELS]
-    figure = Figure(figsize=(1.2 + 2.6 * len(instances), 5.0), layout="constrained")
+    figure = Figure(figsize=(max(5.6, 1.2 + 2.6 * len(instances)), 5.0), layout="constrained")
     panels = figure.subplots(2, len(instances), squeeze=False, sharey="col")
     for column, instance in zip(panels.T, instances, strict=True):
         for method, rows in methods.items():
@@ -407,7 +407,7 @@ def _curves(problem: Problem, name: str, methods: Mapping[str, Mapping[str, dict
         column[0].set_title(instance, fontsize=9)
         _zoom(column, rows_of=[rows[instance] for rows in methods.values() if instance in rows])
     for axes in panels[:, 0]:
-        axes.set_ylabel("loss / least loss - 1, best so far" if row["figures"].get("goal") is not None else "loss")
+        axes.set_ylabel("gap, best so far" if row["figures"].get("goal") is not None else "loss")
     handles = {label: h for h, label in zip(*panels[0, 0].get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.suptitle(name, fontsize=10)

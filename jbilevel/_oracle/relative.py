@@ -17,7 +17,7 @@ from jbilevel._core import trees
 from jbilevel._core.results import Hypergradient, SolveInfo, Status, Work
 from jbilevel._oracle.batches import finite_mean
 
-FIRST = 0.3  # share of the cold start's residuals that the first round asks for, times the root of rtol
+FIRST, POWER = 0.5, 0.9  # share of the cold start's residuals that the first round asks for: FIRST rtol^POWER
 AIM = 0.5  # of the error that is asked for
 LEAST = 1e-4  # factor on tolerances in one round
 UNKNOWN = 0.03  # that where no error could be told
@@ -57,7 +57,7 @@ def refined(compute: Callable, warm, sizes, rtol, counts) -> Hypergradient:
     ).hypergradient
     nothing = empty.lower.steps, empty.lower.evaluations
     none = jnp.zeros((), jnp.int32)
-    tol, adjoint_tol = ((FIRST * jnp.sqrt(rtol) * _mean(size, counts)).astype(rtol.dtype) for size in sizes)
+    tol, adjoint_tol = ((FIRST * rtol**POWER * _mean(size, counts)).astype(rtol.dtype) for size in sizes)
     start = Search(
         tol=tol,
         adjoint_tol=adjoint_tol,

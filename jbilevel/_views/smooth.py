@@ -51,6 +51,7 @@ class SmoothView(View):
     reduced: Callable | None = None  # x -> the view in float32, None where x should stay in its dtype
     inputs: tuple | None = None  # (params, data), for preconditioners
     ridges: Callable | None = None  # () -> `RidgeSum` of what is not quadratic, for certificates
+    by_hand: Callable | None = None  # x -> (value, gradient, product), or None where derivatives should be JAX's
 
     def single(self, x):
         """The view for x in float32, None where x is not float64, is small, or the energy insists on float64."""
@@ -69,9 +70,14 @@ class SmoothView(View):
     def linearize(self, x):
         """(value, gradient, Hessian product) at x from one evaluation.
 
-        The product reuses what the evaluation stored; energies that only have reverse mode (a ``custom_vjp``, a
-        callback) fall back to the transposed derivative of the gradient, which is the same map.
+        By hand where the problem has a ``linearize``. The product reuses what the evaluation stored; energies that only
+        have reverse mode (a ``custom_vjp``, a callback) fall back to the transposed derivative of the gradient, which
+        is the same map.
         """
+
+        if self.by_hand is not None and (found := self.by_hand(x)) is not None:
+            value, gradient, product = found
+            return value, trees.cast_like(gradient, x), product
 
         def gradient_and_value(x):
             value, gradient = self.value_and_gradient(x)

@@ -59,6 +59,17 @@ def forward_difference(x, axis: int):
     return linear.apply(_ForwardDifference(axis), x)
 
 
+def backward_difference(y, axis: int):
+    """The transpose of `forward_difference`: y[i-1] - y[i], where y[-1] and the last y[n-1] count as 0.
+
+    >>> import jax.numpy as jnp
+    >>> backward_difference(jnp.array([2.0, 3.0, 7.0]), 0).tolist()
+    [-2.0, -1.0, 3.0]
+    """
+    axis = axis - y.ndim if axis >= 0 else axis
+    return linear.apply(_ForwardDifference(axis), y, transpose=True)
+
+
 @dataclass(frozen=True)
 class Gradient(LinearOperator):
     """The forward differences of an image along each of its axes, stacked on a new first axis.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 
 import jax
@@ -40,6 +40,9 @@ class SmoothProblem(Problem):
       hessian_lipschitz, mixed_lipschitz, mixed_norm: used by certificates only, see `Constants`.
       ridges: ``(params, data) -> jb.regularizers.RidgeSum`` (or None) of all of the energy that is not a quadratic
         without params, for a plain array x: certificates then need no constants but ``strong_convexity``.
+      linearize: ``(params, x, data) -> (energy, gradient, product)``, the energy with its derivatives in x written by
+        hand, ``product(v)`` being the Hessian at x times v; or None, there or as a result, for those of JAX. It pays
+        where few arrays hold the Hessian; `verify` compares it with JAX.
       mixed_precision: whether solves for a float64 x may take most of their steps in float32, with every residual that
         decides in float64; None: where x has at least 2^14 entries. Set False for an energy that float32 overflows.
 
@@ -65,11 +68,13 @@ class SmoothProblem(Problem):
     mixed_norm: Constant = None
     mixed_precision: bool | None = None
     ridges: Callable | None = None
+    linearize: Callable | None = None
 
     view_type = SmoothView
 
     def __post_init__(self):
-        for name in ("energy", "init", *(("ridges",) if self.ridges is not None else ())):
+        optional = [name for name in ("ridges", "linearize") if vars(self)[name] is not None]
+        for name in ("energy", "init", *optional):
             if not callable(vars(self)[name]):
                 raise TypeError(f"SmoothProblem `{name}` must be a function, got {type(vars(self)[name]).__name__}.")
         for name in Constants._fields:
@@ -97,8 +102,12 @@ class SmoothProblem(Problem):
             constants=constants,
             reduced=reduced,
             inputs=(params, data),
+            by_hand=self._by_hand(params, data),
             ridges=None if self.ridges is None else lambda: self.ridges(*jax.lax.stop_gradient((params, data))),
         )
+
+    def _by_hand(self, params, data) -> Callable | None:
+        return None if self.linearize is None else lambda x: self.linearize(params, x, data)
 
     def _single(self, params, data, x):
         wanted = trees.size(x) >= MIXED_SIZE if self.mixed_precision is None else self.mixed_precision
@@ -114,7 +123,7 @@ class SmoothProblem(Problem):
         except (TypeError, ValueError):  # constants of the energy that do not mix with float32
             return None
         constants = trees.to_single(jax.lax.stop_gradient(self.constants(params, data)))
-        return SmoothView(value, constants)
+        return SmoothView(value, constants, by_hand=self._by_hand(params, data))
 
     def start(self, params, data):
         """The cold start as arrays; real inexact leaves only."""
@@ -127,6 +136,27 @@ class SmoothProblem(Problem):
         for name in Constants._fields:
             if callable(vars(self)[name]):
                 traced(f"`{name}`", vars(self)[name], params, data)
+
+    def verify(self, params, data, *, tol: float = 1e-5) -> None:
+        """Check with numbers what `validate` cannot see; meant for tests, in float64 and outside jit.
+
+        At a random point near the start, ``linearize`` gives the energy, its gradient and Hessian products, as JAX
+        finds them.
+
+        Raises:
+          ValueError: a sentence that names what is wrong.
+        """
+        self.validate(params, data)
+        start = self.start(params, data)
+        x, v = trees.add(start, trees.random_like(start, 0)), trees.random_like(start, 1)
+        view = self.view(params, data)
+        value, gradient, product = view.linearize(x)
+        expected = replace(view, by_hand=None).linearize(x)
+        found = {"energy": (value, expected[0]), "gradient": (gradient, expected[1]),
+                 "product": (product(v), expected[2](v))}  # fmt: skip
+        for name, (ours, theirs) in found.items():
+            if not trees.norm(trees.sub(ours, theirs)) <= tol * trees.norm(theirs):
+                raise ValueError(f"`linearize` of a SmoothProblem gives another {name} than `energy` has.")
 
     def default_solver(self) -> NewtonCG:
         return NewtonCG()

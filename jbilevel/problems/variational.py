@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jbilevel import prox
 from jbilevel._core import brief
 from jbilevel._core.constants import Constants
+from jbilevel._views.smooth import SmoothView
 from jbilevel.problems.saddle import SaddleProblem
 from jbilevel.problems.smooth import SmoothProblem
 from jbilevel.regularizers.base import Regularizer
@@ -49,11 +50,23 @@ class Variational:
     __repr__ = brief.settings
 
     def __call__(self, params, x, data):
+        return self._fidelity(x, data) + self.regularizer(params, x)
+
+    def _fidelity(self, x, data):
         y = self.measurement(data)
         misfit = _squared_norm(jax.tree.map(jnp.subtract, self.map(x, y), y))
         if self.ridge:
             misfit = misfit + self.ridge * _squared_norm(x)
-        return 0.5 * misfit + self.regularizer(params, x)
+        return 0.5 * misfit
+
+    def linearize(self, params, x, data):
+        """By hand as far as the regulariser is, see `SmoothProblem`; the rest is quadratic."""
+        if (found := self.regularizer.linearize(params, x)) is None:
+            return None
+        rest = SmoothView(lambda x: self._fidelity(x, data), Constants())
+        parts = rest.linearize(x), found
+        value, gradient = (parts[0][i] + parts[1][i] for i in (0, 1))
+        return value, gradient, lambda v: parts[0][2](v) + parts[1][2](v)
 
     def map(self, x, y):
         """A x, which must have the shapes of the measurement y."""
@@ -221,6 +234,7 @@ def variational(
             for name in ("hessian_lipschitz", "mixed_lipschitz", "mixed_norm")
         },
         ridges=_Part(model.ridges),
+        linearize=_Part(model.linearize),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jbilevel import prox
 from jbilevel._core.constants import Constants
-from jbilevel.operators.differences import Gradient, forward_difference
+from jbilevel.operators.differences import Gradient, backward_difference, forward_difference
 from jbilevel.regularizers.base import Regularizer, require_theta
 from jbilevel.regularizers.images import require_image
 from jbilevel.regularizers.potentials import POTENTIALS
@@ -92,6 +92,27 @@ class SmoothedTV(Regularizer):
         if self.kind == "isotropic":
             return weight * jnp.sum(jnp.sqrt(squares[0] + squares[1] + eps**2))
         return weight * sum(jnp.sum(jnp.sqrt(s + eps**2)) for s in squares)
+
+    def linearize(self, params, x):
+        """Of one root for two differences: D'(C D v) with three coefficients per pixel."""
+        if self.kind != "isotropic" or self._joint:
+            return None
+        weight, eps = self.scales(params)
+        require_image("SmoothedTV", x.shape, channels=self.channels)
+        a, b = (forward_difference(x, axis) for axis in (-2, -1))
+        root = jnp.sqrt(a**2 + b**2 + eps**2)
+        unit = weight / root
+        a, b = a / root, b / root
+        rows, columns, mixed = unit * (1 - a**2), unit * (1 - b**2), -unit * a * b
+
+        def product(v):
+            first, second = (forward_difference(v, axis) for axis in (-2, -1))
+            return backward_difference(rows * first + mixed * second, -2) + backward_difference(
+                mixed * first + columns * second, -1
+            )
+
+        gradient = backward_difference(weight * a, -2) + backward_difference(weight * b, -1)
+        return weight * jnp.sum(root), gradient, product
 
     @property
     def _joint(self) -> bool:

@@ -1,4 +1,4 @@
-"""Energies with derivatives written by hand: used where they are given, checked by `verify`, the same hypergradients."""
+"""Derivatives written by hand: used where they are given, checked by `verify`, the same hypergradients."""
 
 from dataclasses import replace
 

@@ -15,6 +15,8 @@ from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 from jbilevel.solvers.mixed import hessian_at
 
+# by which accelerated steps shorten where the gradient grows
+CAUTION = 1.5
 # forcing term after a start in float32, which ends where Newton's method converges fast
 FAST_FORCING = 0.01
 
@@ -33,6 +35,7 @@ class NewtonState(NamedTuple):
     backtracked: Any  # whether a longer one along this direction was refused
     phase_target: Any  # while positive, x moves by accelerated gradient steps until the residual is below it
     previous: Any  # last gradient-step point of those
+    caution: Any  # by which their curvature is taken to be larger than what was met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ class NewtonCG(Solver):
         zero = jnp.zeros_like(model.gradient_norm)
         work = Work.zero().plus(gradients=1)
         curvatures = zero, jnp.full_like(zero, jnp.inf)
-        return self._newton_state(view, model, self.forcing, target, length=1.0, curvatures=curvatures, work=work)
+        return self._newton_state(view, model, self.forcing, target, length=1.0, curvatures=curvatures,
+                                  caution=jnp.ones_like(zero), work=work)  # fmt: skip
 
     def step(self, view, state: NewtonState, target) -> NewtonState:
         in_phase = state.phase_target > 0
@@ -104,6 +108,7 @@ class NewtonCG(Solver):
             wanted,
             length=length,
             curvatures=(state.curvature, state.least_curvature),
+            caution=state.caution,
             work=work,
         )
         shorter = state._replace(length=0.25 * state.length, backtracked=jnp.asarray(True), evaluations=work)
@@ -117,6 +122,7 @@ class NewtonCG(Solver):
             residual=residual,
             value=value,
             curvature=jnp.maximum(state.curvature, secant(state.x, state.gradient, candidate, gradient)),
+            caution=jnp.where(residual > state.residual, CAUTION, 1.0) * state.caution,
         )
         here = trees.where(in_phase, moved, unmoved)
         with_gradient_step = self._accelerated_state(view, here, restart=~in_phase)
@@ -127,7 +133,9 @@ class NewtonCG(Solver):
         accelerate = accelerate & (mu > 0) & (in_phase | worthwhile)
         return trees.where(newton, with_newton, trees.where(accelerate, with_gradient_step, shorter))
 
-    def _newton_state(self, view, model: QuadraticModel, forcing, target, *, length, curvatures, work) -> NewtonState:
+    def _newton_state(
+        self, view, model: QuadraticModel, forcing, target, *, length, curvatures, caution, work
+    ) -> NewtonState:
         """State at x with its Newton direction; no system is solved where the residual meets the target."""
         x, gradient, residual = model.x, model.gradient, model.gradient_norm
         # the last system needs no more accuracy than the target
@@ -152,11 +160,15 @@ class NewtonCG(Solver):
             backtracked=jnp.asarray(False),
             phase_target=jnp.zeros_like(residual),
             previous=x,
+            caution=caution,
         )
 
     def _smoothness_estimate(self, view, state: NewtonState):
-        """A guess at L here: twice the largest curvature met, which grows as x moves, and L at most."""
-        return jnp.minimum(view.constants.smoothness, 2 * state.curvature)
+        """A guess at L here: twice the largest curvature met, which grows as x moves, and L at most.
+
+        Where it is too small the gradient does not fall: steps that are too long keep what is steepest alive.
+        """
+        return jnp.minimum(view.constants.smoothness, 2 * state.caution * state.curvature)
 
     def _accelerated_state(self, view, state: NewtonState, restart) -> NewtonState:
         """Aim at the next point of Nesterov's method with constant momentum, from x."""

@@ -15,8 +15,8 @@ from jbilevel.solvers.base import Solver
 from jbilevel.solvers.loop import secant
 from jbilevel.solvers.mixed import hessian_at
 
-# by which accelerated steps shorten where the gradient grows
-CAUTION = 1.5
+# by which accelerated steps shorten where the gradient grows, and at most
+CAUTION, MOST_CAUTION = 1.5, 8.0
 # forcing term after a start in float32, which ends where Newton's method converges fast
 FAST_FORCING = 0.01
 
@@ -122,7 +122,7 @@ class NewtonCG(Solver):
             residual=residual,
             value=value,
             curvature=jnp.maximum(state.curvature, secant(state.x, state.gradient, candidate, gradient)),
-            caution=jnp.where(residual > state.residual, CAUTION, 1.0) * state.caution,
+            caution=jnp.minimum(jnp.where(residual > state.residual, CAUTION, 1.0) * state.caution, MOST_CAUTION),
         )
         here = trees.where(in_phase, moved, unmoved)
         with_gradient_step = self._accelerated_state(view, here, restart=~in_phase)

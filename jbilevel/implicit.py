@@ -30,7 +30,7 @@ __all__ = ["Oracle", "argmin"]
 
 _CG = CG()
 
-SHORT, MANY = 0.1, 100  # relative residual and steps of corrections where a relative error is asked for
+SHORT, MANY = 0.01, 100  # relative residual and steps of corrections where a relative error is asked for
 
 
 def _lower(problem: Problem, solver, max_steps: int, linear_solver: LinearSolver, max_products: int) -> SmoothLower:
@@ -93,7 +93,7 @@ class Oracle(AdjointOracle):
         return self.cold_scales(params, batch, sample_weight)
 
     def corrected(self) -> Oracle:
-        # short corrections: what they leave undone, a round more does
+        # a shorter correction tells no error of an ill-conditioned problem, a longer one costs more than a round
         rtol = max(self.error_rtol, SHORT)
         return replace(self, correct=True, error_rtol=rtol, error_steps=max(self.error_steps, MANY))
 

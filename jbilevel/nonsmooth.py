@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jbilevel._core import trees
-from jbilevel._oracle.base import require_view
+from jbilevel._oracle.base import Scales, require_view
 from jbilevel._oracle.pipeline import AdjointOracle
 from jbilevel._oracle.solution import SolutionMap, Spec
 from jbilevel._oracle.support_system import BIACTIVE, Policy, SupportLower
@@ -20,6 +20,8 @@ from jbilevel._views.weighted_l1 import WeightedL1View
 from jbilevel.solvers.forward_backward import ForwardBackward
 
 __all__ = ["BIACTIVE", "Oracle", "argmin", "residual"]
+
+SUPPORT = 1e-3  # first accuracy of x where a relative error is asked for, against that of smooth problems
 
 
 def residual(problem: Problem, params, x, data, *, step):
@@ -85,6 +87,11 @@ class Oracle(AdjointOracle):
         super().__post_init__()
         _require(self.problem, self.solver, "jb.nonsmooth.Oracle")
         Policy(self.biactive, self.biactive_tol, self.damping)  # says what is wrong
+
+    def sizes(self, params, data) -> Scales:
+        # no error can be told before the support is right
+        found = super().sizes(params, data)
+        return found._replace(solution=SUPPORT * found.solution)
 
     @property
     def lower(self) -> SupportLower:

@@ -46,6 +46,7 @@ SCRIPTS = (
     "ridge",
     "certificates",
     "violations",
+    "relative_errors",
     "upper_level",
     "papers/bogensperger_2024_ct",
     "papers/bogensperger_2024_tv_descent",

@@ -122,8 +122,8 @@ def _told(search: Search, rtol, counts) -> Hypergradient:
     hg = search.best
     met = hg.error <= rtol.astype(hg.error.dtype) * trees.norm(hg.grad)
     least = jnp.where(counts & ~met, Status.PRECISION, Status.CONVERGED)
-    # a solve that went as far as its dtype allows went far enough
-    fine = lambda status: jnp.where(met & (status == Status.PRECISION), Status.CONVERGED, status)  # noqa: E731
+    # a solve that went as far as it can went far enough
+    fine = lambda status: jnp.where(met & (status <= Status.STAGNATED), Status.CONVERGED, status)  # noqa: E731
     status = jnp.maximum(fine(hg.adjoint.status), least)
     (steps, evaluations), (adjoint_steps, adjoint_evaluations) = search.lower, search.adjoint
     return hg._replace(

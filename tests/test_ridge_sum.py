@@ -321,7 +321,7 @@ def test_the_residual_after_a_correction_is_the_true_one():
     view = problem.view(params, batch)
     gradient = lambda x: x - batch["x"]  # noqa: E731
     system, _ = oracle.lower.solve(view, batch["y"], 1e-3)
-    newton = system.correct(gradient, system.adjoint(gradient(system.x), 0 * system.x, 1e-3), 40)
+    newton = system.correct(gradient, system.adjoint(gradient(system.x), 0 * system.x, 1e-3), 40, 1e-3)
     x, q = newton.point
     product = view.linearize(x)[2]
     assert float(newton.adjoint.residual) == pytest.approx(float(jnp.linalg.norm(product(q) - gradient(x))), rel=1e-6)

@@ -345,9 +345,13 @@ def _prepare(oracle, params, batch, warm, sample_weight):
                 f"warm{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but the batch has {split.count} "
                 "samples; a warm start belongs to the samples it came from."
             )
-    dtype = jnp.result_type(trees.dtype(params), jnp.float32)
+    return split, _mean_weights(split, sample_weight, jnp.result_type(trees.dtype(params), jnp.float32))
+
+
+def _mean_weights(split: Split, sample_weight, dtype):
+    """Of the samples in the mean, with sum 1."""
     if sample_weight is None:
-        return split, jnp.full((split.count,), 1.0 / split.count, dtype)
+        return jnp.full((split.count,), 1.0 / split.count, dtype)
     weight = jnp.asarray(sample_weight)
     if weight.shape != (split.count,):
         raise ValueError(f"`sample_weight` must have shape ({split.count},), got {weight.shape}.")
@@ -356,7 +360,7 @@ def _prepare(oracle, params, batch, warm, sample_weight):
         weight = jnp.ldexp(weight, -jnp.frexp(jnp.max(weight))[1])
     # weights that say nothing (traced and negative, infinite, or all zero) make every mean NaN
     weight = jnp.where(usable_weights, weight, jnp.nan).astype(dtype)
-    return split, weight / jnp.sum(weight)
+    return weight / jnp.sum(weight)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -405,7 +409,7 @@ def _sizes(oracle, params, split: Split, weight) -> Scales:
 @partial(jax.jit, static_argnums=0)
 def _cold_scales(oracle, params, batch, sample_weight) -> Scales:
     split = split_batch(batch, oracle.in_axes.tree())
-    weight = jnp.ones((split.count,)) if sample_weight is None else sample_weight
+    weight = _mean_weights(split, sample_weight, jnp.result_type(trees.dtype(params), jnp.float32))
     sizes = _sizes(oracle, params, split, weight)
     return Scales(*(batches.finite_mean(jnp.where(weight > 0, size, jnp.nan)) for size in sizes))
 

@@ -89,7 +89,8 @@ class AdjointOracle(PullBackOracle, abstract="jb.AdjointOracle"):
         return "`loss_smoothness` to the oracle" if self.loss_smoothness is None else None
 
     def sizes(self, params, data) -> Scales:
-        view, x0 = self.problem.view(params, data), self.problem.start(params, data)
+        x0 = self.problem.start(params, data)
+        view = self._view(params, data, x0)
         size = self.lower.solver.first_residual(view, x0) / view.tolerance_scale
         return Scales(size, self.lower.adjoint_size(view, jax.grad(self.loss, 1)(params, x0, data)))
 

@@ -103,7 +103,7 @@ class QuasiNewton(Method):
     >>> import jbilevel as jb, jax.numpy as jnp
     >>> problem = jb.SmoothProblem(lambda p, x, d: 0.5 * (x - p * d) ** 2, lambda p, d: 0.0 * d, strong_convexity=1.0)
     >>> oracle = problem.oracle(lambda p, x, d: 0.5 * (x - 3.0) ** 2)
-    >>> result = jb.fit(QuasiNewton(oracle), jnp.array(1.0), jnp.array([2.0]), steps=20)  # x_hat = 2 p
+    >>> result = jb.fit(QuasiNewton(oracle), jnp.array(1.0), jnp.array([2.0]), steps=40)  # x_hat = 2 p
     >>> round(float(result.params), 2)
     1.5
 

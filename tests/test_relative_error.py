@@ -1,5 +1,7 @@
 """Hypergradients and solutions by their relative error, ``rtol``: met, refused, or told that it cannot be."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,14 @@ def test_float32_that_cannot_says_so_and_what_it_reached():
     assert 3e-7 < float(hg.error) / np.linalg.norm(exact) < 1e-2
     assert np.linalg.norm(flat(hg.grad) - exact) <= 2 * float(hg.error)
     assert oracle(single(params), single(batch), rtol=1e-2).status == 0
+
+
+def test_a_solve_that_ran_out_of_steps_says_so(television):
+    """Though the best round may be one before it."""
+    oracle, params, batch, _ = television
+    hg = replace(oracle, max_steps=2)(params, batch, rtol=1e-10)
+    assert hg.status == jb.Status.MAX_STEPS
+    assert float(hg.error) > 1e-10 * np.linalg.norm(flat(hg.grad))
 
 
 def test_one_compilation_for_all_errors():

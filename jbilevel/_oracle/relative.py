@@ -38,8 +38,8 @@ class Search(NamedTuple):
     adjoint_tol: Any
     best: Hypergradient
     warm: Any
-    lower: tuple[Any, Work]  # steps and evaluations so far
-    adjoint: tuple[Any, Work]
+    lower: tuple[Any, Work, Any]  # steps and evaluations so far, and how the last solve ended
+    adjoint: tuple[Any, Work, Any]
     rounds: Any
     stalled: Any
     ended: Any
@@ -55,7 +55,7 @@ def refined(compute: Callable, warm, sizes, rtol, counts) -> Hypergradient:
     empty = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute, warm, infinite, infinite)
     ).hypergradient
-    nothing = empty.lower.steps, empty.lower.evaluations
+    nothing = empty.lower.steps, empty.lower.evaluations, empty.lower.status
     none = jnp.zeros((), jnp.int32)
     tol, adjoint_tol = ((FIRST * rtol**POWER * _mean(size, counts)).astype(rtol.dtype) for size in sizes)
     start = Search(
@@ -113,22 +113,26 @@ def _mean(sizes, counts):
 
 
 def _joined(before, info: SolveInfo):
-    steps, evaluations = before
-    return steps + info.steps, evaluations.join(info.evaluations)
+    steps, evaluations, _ = before
+    return steps + info.steps, evaluations.join(info.evaluations), info.status
 
 
 def _told(search: Search, rtol, counts) -> Hypergradient:
-    """The best round with the work of all; PRECISION where solves were fine and the error is still too large."""
+    """The best round with the work of all. Where it does not do, statuses say what ended the last one: PRECISION if its
+    solves were fine.
+    """
     hg = search.best
     met = hg.error <= rtol.astype(hg.error.dtype) * trees.norm(hg.grad)
-    least = jnp.where(counts & ~met, Status.PRECISION, Status.CONVERGED)
-    # a solve that went as far as it can went far enough
-    fine = lambda status: jnp.where(met & (status <= Status.STAGNATED), Status.CONVERGED, status)  # noqa: E731
-    status = jnp.maximum(fine(hg.adjoint.status), least)
-    (steps, evaluations), (adjoint_steps, adjoint_evaluations) = search.lower, search.adjoint
+
+    def told(info: SolveInfo, spent, least) -> SolveInfo:
+        steps, evaluations, last = spent
+        # a solve that went as far as it can went far enough
+        enough = jnp.where(info.status <= Status.STAGNATED, Status.CONVERGED, info.status)
+        missed = jnp.maximum(jnp.maximum(info.status, last), jnp.where(counts, least, Status.CONVERGED))
+        status = jnp.where(met, enough, missed).astype(jnp.int32)
+        return info._replace(status=status, steps=steps, evaluations=evaluations)
+
     return hg._replace(
-        lower=hg.lower._replace(status=fine(hg.lower.status).astype(jnp.int32), steps=steps, evaluations=evaluations),
-        adjoint=hg.adjoint._replace(
-            status=status.astype(jnp.int32), steps=adjoint_steps, evaluations=adjoint_evaluations
-        ),
+        lower=told(hg.lower, search.lower, Status.CONVERGED),
+        adjoint=told(hg.adjoint, search.adjoint, Status.PRECISION),
     )

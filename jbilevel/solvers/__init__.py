@@ -105,10 +105,7 @@ def require_tolerance(tol, name: str, x=(), *, stacklevel: int = 4):
       ValueError: not a nonnegative number.
     """
     if not isinstance(tol, jax.core.Tracer):
-        try:
-            number = float(tol)
-        except (TypeError, ValueError):
-            number = -1.0
+        number = _number(tol)
         if not number >= 0:
             raise ValueError(f"`{name}` must be a nonnegative number, got {tol!r}.")
         # tol = 0 asks for what the dtype can do, and small unknowns can be found more accurately than eps
@@ -129,14 +126,17 @@ def require_rtol(rtol, x=()):
     Raises:
       ValueError: not a positive number.
     """
-    if not isinstance(rtol, jax.core.Tracer):
-        try:
-            number = float(rtol)
-        except (TypeError, ValueError):
-            number = -1.0
-        if not 0 < number < math.inf:
-            raise ValueError(f"`rtol` must be a positive number, got {rtol!r}.")
+    if not isinstance(rtol, jax.core.Tracer) and not 0 < _number(rtol) < math.inf:
+        raise ValueError(f"`rtol` must be a positive number, got {rtol!r}.")
     return jnp.asarray(rtol, trees.dtype(x))
+
+
+def _number(value) -> float:
+    """NaN of what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def __dir__():

@@ -51,7 +51,8 @@ class NewtonCG(Solver):
     useful. Where mu and L are known and two candidates in a row were refused, x therefore moves by accelerated
     gradient steps until the gradient has fallen by ``phase_reduction``, and Newton tries again. Their length follows
     the largest curvature met so far instead of L, which for a learned regulariser may be a hundred times larger than
-    anything on the way; where they would still take more than ``patience`` steps, Newton goes on alone.
+    anything on the way, and they shorten where the gradient grows; where they would still take more than ``patience``
+    steps, Newton goes on alone.
 
     Args:
       max_products: limit of CG steps per Newton step.
